@@ -1,0 +1,130 @@
+"""Where the rows of an adapter start: at random, or from rows of the input embedding.
+
+Which token ids are embedded depends on the seed and the text alone, so every rank finds the same ids
+without talking. The rows behind them may be sharded: `EmbeddingSource.embedding_rows` is a collective, and
+is called once for each adapter with all its ids. Nothing here keeps or trains the rows.
+
+Source: Lester, Al-Rfou and Constant 2021, arXiv:2104.08691, section 3.2.
+
+Shapes:  P virtual tokens   H hidden size   N token ids
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from peftscale.errors import AdapterError
+
+TokenGroups = list[list[int]]
+"""P lists of token ids. Row p starts as the mean of the embeddings of the ids in list p."""
+
+
+class EmbeddingSource(Protocol):
+    """What is needed of a base: its tokenizer, its dimensions and device, rows of its input embedding."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Special tokens are the ids of its `all_special_ids`."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the input embedding, which may be more than the tokenizer has tokens."""
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where adapters are trained."""
+
+    def embedding_rows(self, ids_N: Tensor, /) -> Tensor:
+        """(N, H) float32 copy. A collective when the base is sharded: every rank gives the same ids."""
+
+
+def random_rows(length: int, hidden_size: int, *, seed: int) -> Tensor:
+    """(P, H) float32 rows from U(-0.5, 0.5), on the CPU. The global random state is left alone."""
+    draw = torch.Generator().manual_seed(seed)
+    # The paper's interval. Its published code draws from [0, 0.5).
+    return torch.rand(length, hidden_size, generator=draw) - 0.5
+
+
+def vocabulary_groups(length: int, source: EmbeddingSource, *, top: int, seed: int, where: str) -> TokenGroups:
+    """Draw `length` frequent tokens without replacement, by `seed` alone.
+
+    Args:
+        length: tokens to draw. 0 draws none.
+        source: its tokenizer says which ids are special; those are never drawn.
+        top: draw among ids 0 .. top-1, cut to the vocabulary: most vocabularies are sorted by frequency. The paper
+            uses 5000.
+        seed: of this draw only; the global random state is left alone.
+        where: the adapter's key in the run file, for the message.
+
+    Raises:
+        AdapterError: fewer tokens than `length` can be drawn.
+    """
+    # Rows behind the tokenizer's last token are padding that was never trained.
+    end = min(top, source.vocab_size, len(source.tokenizer))
+    special = set(source.tokenizer.all_special_ids)
+    candidates = [token for token in range(end) if token not in special]
+    if length > len(candidates):
+        raise AdapterError(
+            f"{where}.length: {length} rows cannot be drawn without repeats from the {len(candidates)} ordinary tokens "
+            f"among the ids 0 .. {end - 1} ({where}.init_top={top}, vocabulary of {source.vocab_size}). "
+            f"Lower {where}.length or raise {where}.init_top."
+        )
+    draw = torch.Generator().manual_seed(seed)
+    return [[candidates[index]] for index in torch.randperm(len(candidates), generator=draw)[:length].tolist()]
+
+
+def text_groups(length: int, source: EmbeddingSource, *, text: str, where: str) -> TokenGroups:
+    """The tokens of `text` without special ones, repeated or cut to `length`.
+
+    Raises:
+        AdapterError: the text has no token, or one that the base has no embedding for.
+    """
+    ids = _token_ids(text, source, f"{where}.init_text")
+    return [[ids[position % len(ids)]] for position in range(length)]
+
+
+def label_groups(
+    length: int, source: EmbeddingSource, *, labels: Sequence[str], top: int, seed: int, where: str
+) -> TokenGroups:
+    """One virtual token for each label, in order, the rest drawn as `vocabulary_groups` draws them.
+
+    A label of several tokens starts as the mean of their rows. Labels are tokenised as they are written: for
+    most tokenizers " good" and "good" are different tokens.
+
+    Raises:
+        AdapterError: more labels than virtual tokens, a label without a token, or too few tokens for the rest.
+    """
+    if len(labels) > length:
+        raise AdapterError(
+            f"{where}.init_labels: {len(labels)} labels need one virtual token each, got {where}.length={length}. "
+            f"Raise {where}.length to at least {len(labels)} or give fewer labels."
+        )
+    words = [_token_ids(label, source, f"{where}.init_labels") for label in labels]
+    return words + vocabulary_groups(length - len(labels), source, top=top, seed=seed, where=where)
+
+
+def embedded(groups: TokenGroups, source: EmbeddingSource) -> Tensor:
+    """(P, H) float32 rows, the mean embedding of each group. One collective for all of them."""
+    ids_N = torch.tensor([token for group in groups for token in group], dtype=torch.long)
+    parts = torch.split(source.embedding_rows(ids_N), [len(group) for group in groups])
+    return torch.stack([part_NH.mean(dim=0) for part_NH in parts])
+
+
+def _token_ids(text: str, source: EmbeddingSource, key: str) -> list[int]:
+    """Ids of `text` without special tokens; `key` is what the user typed it under."""
+    ids: list[int] = source.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise AdapterError(f"{key}: {text!r} has no token in the base's tokenizer. Give at least one word.")
+    if max(ids) >= source.vocab_size:
+        raise AdapterError(
+            f"{key}: {text!r} has the token id {max(ids)}, but the base embeds only the ids "
+            f"0 .. {source.vocab_size - 1}. The tokenizer belongs to another model: check base.model."
+        )
+    return ids

@@ -1,0 +1,126 @@
+"""`peftscale.json`: what an adapter directory says about its adapter beyond what PEFT's files can hold.
+
+The types of that file and their checks. Reading and writing directories is `adapters.files`, the text for
+people is `adapters.model_card`.
+"""
+
+from importlib import metadata
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+import peftscale
+from peftscale.adapters import peft_format
+from peftscale.config import TaskConfig
+from peftscale.errors import AdapterError
+
+MANIFEST_FILE = "peftscale.json"
+FORMAT_VERSION = 1
+RECORDED_PACKAGES = ("torch", "transformers", "deepspeed", "bitsandbytes", "safetensors")
+
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # no path that could leave the directory
+
+
+class Stored(BaseModel):
+    """Frozen. Keys that a newer minor version may have added are passed over; `format_version` guards the meaning."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+
+class BaseCard(Stored):
+    """The frozen model that the adapter was trained on, and belongs to."""
+
+    model: str
+    revision: str | None
+    """Of a hub id; None for a directory."""
+    digest: str
+    """Over the base's tensors. An adapter is refused on a base with another one."""
+    num_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    quantization: str
+    compute_dtype: str
+
+
+class TaskTemplate(Stored):
+    """How text is put to the base, without the place of the training data."""
+
+    name: str
+    input: str
+    target: str
+    labels: dict[str, str] | None
+    metrics: tuple[str, ...]
+    max_text_tokens: PositiveInt | None
+    max_target_tokens: PositiveInt
+
+    @classmethod
+    def of(cls, task: TaskConfig) -> Self:
+        """The template of a run file's task."""
+        return cls(**task.model_dump(include=set(cls.model_fields)))
+
+
+class AdapterCard(Stored):
+    """What the run knows about an adapter that it saves."""
+
+    base: BaseCard
+    task: TaskTemplate | None = None
+    run: str
+    """Name of the run."""
+    fingerprint: str
+    """Of the run's resolved run file."""
+    init: str
+    """How the rows started: random, vocabulary, text or labels."""
+    step: NonNegativeInt
+    """Training steps taken."""
+    metrics: dict[str, float | None] = {}
+    """Of the validation split at `step`. A value that is not finite is stored as null."""
+
+
+class Manifest(AdapterCard):
+    """The whole of `peftscale.json`."""
+
+    format_version: Literal[1]
+    kind: Literal["prompt"]
+    length: PositiveInt
+    hidden_size: PositiveInt
+    versions: dict[str, str]
+    files: dict[FileName, Digest]
+    """Digest of every other file of the directory."""
+
+    @model_validator(mode="after")
+    def lists_the_files_that_are_read(self) -> Self:
+        """A digest that is left out is a check that is left out."""
+        missing = {peft_format.CONFIG_FILE, peft_format.WEIGHTS_FILE} - set(self.files)
+        if missing:
+            raise ValueError(f"files: no digest of {', '.join(sorted(missing))}")
+        return self
+
+
+def parse(content: bytes, *, where: str) -> Manifest:
+    """Read untrusted bytes; `where` is the path that messages name.
+
+    Raises:
+        AdapterError: not JSON, of a newer format, or a key is missing or wrong. All problems at once.
+    """
+    fields = peft_format.json_object(content, where=where)
+    if fields.get("format_version") != FORMAT_VERSION:
+        raise AdapterError(
+            f"{where}: format_version is {fields.get('format_version')!r}; peftscale {peftscale.__version__} reads "
+            f"{FORMAT_VERSION}. Read it with the version that wrote it (versions: {fields.get('versions')})."
+        )
+    try:
+        return Manifest.model_validate(fields)
+    except ValidationError as error:
+        problems = [f"  {'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors()]
+        raise AdapterError("\n".join([f"{where}: {len(problems)} problem(s)", *problems])) from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of those that a result depends on, where they are installed."""
+    found = {"peftscale": peftscale.__version__}
+    for package in RECORDED_PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

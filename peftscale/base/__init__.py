@@ -1,0 +1,1 @@
+"""The frozen base: packed, sharded, loaded, and passed through. Nothing in here is ever trained."""

@@ -1,0 +1,242 @@
+"""The frozen base, loaded: skeleton on meta, packed once, this rank's slice read, everything frozen.
+
+No rank ever holds the model: a parameter is made, cut to the rank's slice and filled from the packed file
+before the next one is made. Training it through prompts is `base.padded`; ZeRO-3 itself is `base.shard`.
+
+Shapes:  N ids   H hidden size
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from peftscale.base import pack
+from peftscale.base.pack import PackedBase
+from peftscale.base.skeleton import Skeleton, build, read_config
+from peftscale.config import BaseConfig
+from peftscale.errors import ModelError
+
+if TYPE_CHECKING:
+    from peftscale.base.shard import _Partition
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Base:
+    """A frozen language model on this rank."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    digest: str
+    name: str
+    revision: str
+    device: torch.device
+    compute_dtype: torch.dtype
+    is_sharded: bool
+    checkpoint_activations: bool
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the width of an input embedding."""
+        return int(self.model.get_input_embeddings().embedding_dim)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        return int(self.model.get_input_embeddings().num_embeddings)
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence that the model has positions for, prompt included; None where there is no limit."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return None if limit is None else int(limit)
+
+    def embedding_rows(self, ids: Tensor) -> Tensor:
+        """Input embeddings of ids, as the model makes them (Gemma scales them). Collective when the base is sharded: same `ids` on every rank.
+
+        Args:
+            ids: (N,) token ids.
+
+        Returns:
+            (N, H) float32 copy on the base's device.
+        """
+        with torch.no_grad():
+            rows_NH: Tensor = self.model.get_input_embeddings()(ids.to(self.device))
+        return rows_NH.float()
+
+    def train(self) -> None:
+        """Training passes: activation checkpointing as configured (transformers looks at the training flag)."""
+        self.model.train()
+
+    def eval(self) -> None:
+        """Evaluation and generation: no checkpointing, caches allowed."""
+        self.model.eval()
+
+
+def resolve(model: str, revision: str, *, with_weights: bool) -> Path:
+    """The directory of a model: itself, or the snapshot of a hub id (downloaded if it is not in the cache).
+
+    Raises:
+        ModelError: neither a directory nor a hub id that can be had.
+    """
+    directory = Path(model)
+    if directory.is_dir():
+        return directory
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "tokenizer*", "*.model", "*.txt"] + (["*.safetensors"] if with_weights else [])
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"base.model={model} (revision {revision}) is neither a directory nor a model of the hub that can be "
+            f"reached ({type(error).__name__}). Give a directory with config.json, tokenizer and safetensors."
+        ) from error
+
+
+def load(cfg: BaseConfig, *, sharding: Literal["replicated", "world"], device: torch.device) -> Base:
+    """Load and freeze a base. With sharding 'world' every rank calls it, after `torch.distributed` is up.
+
+    Raises:
+        ModelError: the model cannot be read, packed or sharded; the message names the key and the tensor.
+    """
+    model_dir = resolve(cfg.model, cfg.revision, with_weights=cfg.pack_dir is None)
+    compute_dtype: torch.dtype = getattr(torch, cfg.compute_dtype)
+    config = read_config(model_dir)
+    skeleton = build(config, quantization=cfg.quantization, compute_dtype=compute_dtype, where=cfg.model)
+    directory = cfg.pack_dir or pack.ensure(
+        model_dir, skeleton, quantization=cfg.quantization, compute_dtype=compute_dtype
+    )
+    packed = PackedBase(directory)
+    packed.check(skeleton, cfg.quantization, pack.config_sha256(model_dir))
+    _materialise(skeleton, packed, is_sharded=sharding == "world", device=device)
+    _prepare(skeleton, is_sharded=sharding == "world", device=device, checkpoint=cfg.checkpoint_activations)
+    return Base(
+        model=skeleton.model,
+        tokenizer=load_tokenizer(model_dir),
+        digest=packed.digest,
+        name=cfg.model,
+        revision=cfg.revision,
+        device=device,
+        compute_dtype=compute_dtype,
+        is_sharded=sharding == "world",
+        checkpoint_activations=cfg.checkpoint_activations,
+    )
+
+
+def pack_ahead(cfg: BaseConfig, out: Path | None) -> dict[str, str | int]:
+    """Pack a base into `out`, or into the cache, and say what came of it.
+
+    Raises:
+        ModelError: as `load`, or `out` exists.
+    """
+    model_dir = resolve(cfg.model, cfg.revision, with_weights=True)
+    compute_dtype: torch.dtype = getattr(torch, cfg.compute_dtype)
+    config = read_config(model_dir)
+    skeleton = build(config, quantization=cfg.quantization, compute_dtype=compute_dtype, where=cfg.model)
+    if out is None:
+        directory = pack.ensure(model_dir, skeleton, quantization=cfg.quantization, compute_dtype=compute_dtype)
+    elif out.exists():
+        raise ModelError(f"--out {out} exists. Choose another directory, or remove it.")
+    else:
+        directory = out.absolute()
+        source, config_sha256 = pack.SafetensorsSource(model_dir), pack.config_sha256(model_dir)
+        pack.write(skeleton, source, directory, quantization=cfg.quantization, config_sha256=config_sha256)
+    packed = PackedBase(directory)
+    return {
+        "directory": str(directory),
+        "digest": packed.digest,
+        "quantization": cfg.quantization,
+        "bytes": (directory / pack.WEIGHTS).stat().st_size,
+    }
+
+
+def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside the model.
+
+    Raises:
+        ModelError: there is none that transformers can read.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+        return tokenizer
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"base.model={model_dir} has no tokenizer that transformers can read ({type(error).__name__}). "
+            f"Put tokenizer.json and tokenizer_config.json beside config.json."
+        ) from error
+
+
+def _materialise(skeleton: Skeleton, packed: PackedBase, *, is_sharded: bool, device: torch.device) -> None:
+    """Give every meta parameter storage, one at a time, filled with this rank's bytes."""
+    init = None
+    rank = 0
+    if is_sharded:
+        from peftscale.base import shard
+
+        init, rank = shard.partitioner(), torch.distributed.get_rank()
+    made: dict[int, nn.Parameter] = {}  # a tied weight is one parameter under two names
+    entries = {entry.name for entry in skeleton.entries}
+    for name, meta in list(skeleton.model.named_parameters(remove_duplicate=False)):
+        module_name, _, leaf = name.rpartition(".")
+        if id(meta) not in made:
+            assert name in entries, name
+            made[id(meta)] = _filled(packed, name, meta, init, rank=rank, device=device)
+        setattr(skeleton.model.get_submodule(module_name), leaf, made[id(meta)])
+
+
+def _filled(
+    packed: PackedBase, name: str, meta: nn.Parameter, init: "_Partition | None", *, rank: int, device: torch.device
+) -> nn.Parameter:
+    # torch.empty on CPU takes no memory until it is written, and the slice is cut before anything is.
+    parameter = nn.Parameter(torch.empty(meta.shape, dtype=meta.dtype, device=device), requires_grad=False)
+    piece = parameter.data
+    if init is not None:
+        from peftscale.base import shard
+
+        piece = shard.partition(init, parameter)
+    host = piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu", pin_memory=True)
+    packed.read_into(name, rank * piece.nbytes, memoryview(host.flatten().view(torch.uint8).numpy()))
+    if host is not piece:
+        piece.copy_(host)
+    return parameter
+
+
+def _prepare(skeleton: Skeleton, *, is_sharded: bool, device: torch.device, checkpoint: bool) -> None:
+    """Buffers to the device, dropout out, hooks in, checkpointing on."""
+    model = skeleton.model
+    for name, buffer in list(model.named_buffers()):
+        module_name, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module_name), leaf, buffer.to(device))
+    _remove_dropout(model)
+    model.config.use_cache = False
+    if is_sharded:
+        from peftscale.base import shard
+
+        # On a GPU the next block is fetched while this one computes; on CPU nothing would overlap.
+        block = max(sum(p.ds_numel for p in b.parameters()) for b in skeleton.blocks)  # type: ignore[attr-defined,misc]
+        shard.attach(model, skeleton.blocks, prefetch_elements=block if device.type == "cuda" else 0)
+    if checkpoint:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    model.train()
+
+
+def _remove_dropout(model: nn.Module) -> None:
+    """A frozen base is deterministic: transformers checkpoints only in train mode, where dropout would act."""
+    num_changed = 0
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            module.p, num_changed = 0.0, num_changed + 1
+        for name in ("attention_dropout", "dropout", "hidden_dropout", "activation_dropout", "layerdrop"):
+            if isinstance(getattr(module, name, None), float) and getattr(module, name) > 0:
+                setattr(module, name, 0.0)
+                num_changed += 1
+    if num_changed:
+        log.info("dropout is left out in %d places of the frozen base", num_changed)

@@ -1,0 +1,264 @@
+"""The packed base: one safetensors file with a blob per linear, and a manifest with the base's digest.
+
+Reads the original weights one tensor at a time and writes each packed tensor at once, so that packing needs
+the memory of one tensor whatever the size of the model. A rank later reads only the bytes of its slice:
+that is `base.load`. Packs are kept in a cache, made by the first process that asks and waited for by the
+others through a file lock, not through a collective (packing 405B takes longer than any time-out).
+
+The digest names the original weights, not the packing: it is taken over the sha256 of each source tensor in
+name order, so an adapter may be moved between quantisations of one base and never to another base.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import torch
+from filelock import FileLock
+from safetensors import safe_open
+from torch import Tensor
+
+from peftscale import facts
+from peftscale.base.linear import pack_weight
+from peftscale.base.skeleton import Entry, Skeleton
+from peftscale.config import Quantization
+from peftscale.errors import ModelError
+
+FORMAT = 1
+WEIGHTS, MANIFEST = "base.safetensors", "manifest.json"
+_DTYPE_NAMES = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float32: "F32"}
+
+
+class Source(Protocol):
+    """Where original weights come from."""
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor by its name."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU."""
+        ...
+
+
+class SafetensorsSource:
+    """The safetensors files of a model directory, one file or an index over several."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self._headers = facts.headers(facts.source_files(model_dir))
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tuple(header.shape) for name, header in self._headers.items()}
+
+    def read(self, name: str) -> Tensor:
+        with safe_open(self._headers[name].file, framework="pt", device="cpu") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+
+class PackedBase:
+    """A packed directory, opened for reading slices."""
+
+    def __init__(self, directory: Path) -> None:
+        """
+        Raises:
+            ModelError: not a pack, of another format, or cut.
+        """
+        self.directory = directory
+        try:
+            self.manifest = json.loads((directory / MANIFEST).read_text())
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"base.pack_dir={directory} has no readable {MANIFEST} ({error}). Make it with `peftscale pack`."
+            ) from error
+        if self.manifest.get("format") != FORMAT:
+            raise ModelError(
+                f"base.pack_dir={directory} has format {self.manifest.get('format')!r}, this version reads {FORMAT}. "
+                f"Pack the base again with `peftscale pack`."
+            )
+        self._extents = facts.headers([directory / WEIGHTS])
+
+    @property
+    def digest(self) -> str:
+        """'sha256:...' over the original weights."""
+        return str(self.manifest["digest"])
+
+    def check(self, skeleton: Skeleton, quantization: Quantization, config_sha256: str) -> None:
+        """Refuse a pack of another model, quantisation, or layout.
+
+        Raises:
+            ModelError: says what differs.
+        """
+        for key, want in (("quantization", quantization), ("config_sha256", config_sha256)):
+            if self.manifest.get(key) != want:
+                raise ModelError(
+                    f"{self.directory} was packed with {key}={self.manifest.get(key)}, the run file asks for {want}. "
+                    f"Pack the base again with `peftscale pack`, or leave base.pack_dir out."
+                )
+        for entry in skeleton.entries:
+            extent = self._extents.get(entry.name)
+            have = None if extent is None else (extent.dtype, tuple(extent.shape))
+            want_layout = (_DTYPE_NAMES[entry.dtype], entry.shape)
+            if have != want_layout:
+                raise ModelError(
+                    f"{self.directory} holds {entry.name} as {have}, expected {want_layout}. "
+                    f"Pack the base again with `peftscale pack` (base.compute_dtype may have changed)."
+                )
+
+    def read_into(self, name: str, begin: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of tensor `name` from byte `begin` on; what lies past its end becomes 0."""
+        extent = self._extents[name]
+        available = max(0, min(len(buffer), extent.end - extent.begin - begin))
+        with open(extent.file, "rb", buffering=0) as file:
+            file.seek(extent.begin + begin)
+            filled = 0
+            while filled < available:
+                count = file.readinto(buffer[filled:available])
+                if not count:
+                    raise ModelError(f"{extent.file} ended inside {name}. Pack the base again with `peftscale pack`.")
+                filled += count
+        buffer[available:] = bytes(len(buffer) - available)
+
+
+def cache_dir() -> Path:
+    """Where packs are kept: $PEFTSCALE_CACHE, or the user's cache directory."""
+    root = os.environ.get("PEFTSCALE_CACHE")
+    return (Path(root) if root else Path.home() / ".cache" / "peftscale") / "packs"
+
+
+def ensure(model_dir: Path, skeleton: Skeleton, *, quantization: Quantization, compute_dtype: torch.dtype) -> Path:
+    """The cached pack of a model, made now if it is not there. Safe when several processes ask at once.
+
+    Raises:
+        ModelError: the weights are missing, cut, pickled, or do not fit the config.
+    """
+    key = facts.source_key(
+        model_dir, quantization, str(compute_dtype).removeprefix("torch."), f"{FORMAT} {version('bitsandbytes')}"
+    )
+    directory = cache_dir() / key
+    if (directory / MANIFEST).exists():
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{directory}.lock"):
+        if not (directory / MANIFEST).exists():
+            write(
+                skeleton,
+                SafetensorsSource(model_dir),
+                directory,
+                quantization=quantization,
+                config_sha256=config_sha256(model_dir),
+            )
+    return directory
+
+
+def config_sha256(model_dir: Path) -> str:
+    """Identity of the config that a pack belongs to."""
+    return hashlib.sha256((model_dir / "config.json").read_bytes()).hexdigest()
+
+
+def write(
+    skeleton: Skeleton,
+    source: Source,
+    directory: Path,
+    *,
+    quantization: Quantization,
+    config_sha256: str,
+    progress: Callable[[str], None] = lambda _: None,
+) -> str:
+    """Pack a base into `directory`, which appears whole or not at all. Returns the digest.
+
+    Raises:
+        ModelError: a tensor is missing in `source` or has another shape.
+    """
+    names = _match_names(skeleton, source.shapes())
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        hashes: dict[str, str] = {}
+        with open(temporary / WEIGHTS, "wb") as file:
+            _write_header(file, skeleton.entries)
+            for entry in skeleton.entries:
+                original = source.read(names[entry.source])
+                hashes[entry.source] = _sha256(original)
+                file.write(_bytes(_packed(original, entry, quantization)))
+                progress(entry.name)
+            file.flush()
+            os.fsync(file.fileno())
+        listing = "".join(f"{name} {hashes[name]}\n" for name in sorted(hashes))
+        digest = f"sha256:{hashlib.sha256(listing.encode()).hexdigest()}"
+        manifest = {
+            "format": FORMAT,
+            "digest": digest,
+            "quantization": quantization,
+            "config_sha256": config_sha256,
+            "bitsandbytes": version("bitsandbytes"),
+            "source_sha256": hashes,
+        }
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
+        os.rename(temporary, directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return digest
+
+
+def _packed(original: Tensor, entry: Entry, quantization: Quantization) -> Tensor:
+    weight = original.T if entry.is_transposed else original
+    return pack_weight(weight, quantization) if entry.is_blob else weight.to(entry.dtype).contiguous()
+
+
+def _match_names(skeleton: Skeleton, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Model name -> checkpoint name; a checkpoint may lack or add the base model's prefix."""
+    prefix = f"{skeleton.model.base_model_prefix}."
+    names = {}
+    for entry in skeleton.entries:
+        candidates = (entry.source, entry.source.removeprefix(prefix), prefix + entry.source)
+        found = next((name for name in candidates if name in shapes), None)
+        if found is None:
+            raise ModelError(
+                f"the base's weights have no tensor {entry.source} of shape {entry.source_shape}; "
+                f"they hold {len(shapes)} tensors such as {next(iter(shapes), 'none')}. "
+                f"Give a checkpoint that belongs to this config.json."
+            )
+        if shapes[found] != entry.source_shape:
+            raise ModelError(
+                f"the base's tensor {found} has shape {shapes[found]}, its config.json asks for {entry.source_shape}. "
+                f"Give a checkpoint that belongs to this config.json."
+            )
+        names[entry.source] = found
+    return names
+
+
+def _write_header(file: BinaryIO, entries: tuple[Entry, ...]) -> None:
+    """The safetensors header: 8 bytes of length, then JSON with name, dtype, shape and offsets."""
+    header, at = {}, 0
+    for entry in entries:
+        size = entry.dtype.itemsize
+        for extent in entry.shape:
+            size *= extent
+        header[entry.name] = {
+            "dtype": _DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [at, at + size],
+        }
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned to 8 bytes
+    file.write(len(text).to_bytes(8, "little") + text)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _sha256(tensor: Tensor) -> str:
+    """Of dtype, shape and bytes, so that a cast or a reshape is another base."""
+    hasher = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    hasher.update(_bytes(tensor))
+    return hasher.hexdigest()

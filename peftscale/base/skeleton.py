@@ -1,0 +1,162 @@
+"""The base without its weights: a transformers model on the meta device, its linears made frozen blobs.
+
+Decides what is quantised, what stays dense and what is refused. It reads no weight: `base.pack` and
+`base.load` do.
+
+Rules: every `nn.Linear` and GPT-2's `Conv1D` becomes a `FrozenLinear`, the output head excepted;
+embeddings, norms, biases and other vectors stay dense in the compute dtype; any other matrix (fused
+experts, for example) is refused by name, because leaving it dense in silence would break the plan.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from peftscale.base import linear
+from peftscale.config import Quantization
+from peftscale.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored tensor of the base and the tensor of the checkpoint that it comes from."""
+
+    name: str
+    """Parameter name in the skeleton, for example model.layers.0.mlp.up_proj.blob."""
+    source: str
+    """Parameter name in the original model, for example model.layers.0.mlp.up_proj.weight."""
+    source_shape: tuple[int, ...]
+    is_blob: bool
+    is_transposed: bool
+    """GPT-2's Conv1D stores (in, out); blobs are (out, in)."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model on the meta device and what it is made of."""
+
+    model: PreTrainedModel
+    blocks: nn.ModuleList
+    entries: tuple[Entry, ...]
+
+
+def read_config(model_dir: Path) -> PretrainedConfig:
+    """The transformers config of a directory. Code that came with it is never run.
+
+    Raises:
+        ModelError: transformers does not know the architecture or cannot read the file.
+    """
+    try:
+        return AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"base.model={model_dir}: transformers cannot read its config.json ({_first_line(error)}). "
+            f"Give a directory of a decoder-only model that this version of transformers knows."
+        ) from error
+
+
+def build(config: PretrainedConfig, *, quantization: Quantization, compute_dtype: torch.dtype, where: str) -> Skeleton:
+    """Make the skeleton of a decoder-only model.
+
+    Args:
+        config: of the original model. Read, never written.
+        quantization: how linear weights are stored.
+        compute_dtype: of everything else.
+        where: the model as the user named it, for messages.
+
+    Raises:
+        ModelError: encoder-decoder, no stack of blocks found, or matrices that are neither a Linear,
+            a Conv1D nor an Embedding.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"base.model={where}: {config.model_type} is an encoder-decoder model; only decoder-only models can be "
+            f"trained so far. `peftscale plan` works for it."
+        )
+    try:
+        # Parameters on meta, buffers (rotary frequencies) real: they are computed by the constructor.
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype, attn_implementation="sdpa")
+    except (ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"base.model={where}: transformers cannot build a causal language model from its config "
+            f"({_first_line(error)}). Give a decoder-only model."
+        ) from error
+    model.tie_weights()  # parameters made on meta are separate objects until told otherwise
+    model.requires_grad_(False)
+    blocks = _blocks(model, config, where)
+    _refuse_other_matrices(model, where)
+    sources = _freeze_linears(model, quantization, compute_dtype)
+    return Skeleton(model, blocks, tuple(_entries(model, sources, compute_dtype)))
+
+
+def _blocks(model: PreTrainedModel, config: PretrainedConfig, where: str) -> nn.ModuleList:
+    depth = config.get_text_config().num_hidden_layers
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not stacks:
+        raise ModelError(
+            f"base.model={where}: found no stack of num_hidden_layers={depth} blocks in {type(model).__name__}. "
+            f"Its layers cannot be sharded; choose a model with one list of decoder blocks."
+        )
+    return stacks[0]
+
+
+def _refuse_other_matrices(model: PreTrainedModel, where: str) -> None:
+    known = (nn.Linear, Conv1D, nn.Embedding)
+    wrong = [
+        f"{module_name}.{name} {tuple(parameter.shape)}"
+        for module_name, module in model.named_modules()
+        if not isinstance(module, known)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 1
+    ]
+    if wrong:
+        raise ModelError(
+            f"base.model={where}: {len(wrong)} weight(s) of {type(model).__name__} are neither nn.Linear nor Conv1D "
+            f"and would stay unquantised, for example {wrong[0]}. Fused experts are not supported; choose a dense model."
+        )
+
+
+def _freeze_linears(
+    model: PreTrainedModel, quantization: Quantization, compute_dtype: torch.dtype
+) -> dict[str, tuple[str, tuple[int, ...], bool]]:
+    """Replace each linear by its frozen form; return module name -> (source, source shape, transposed)."""
+    head = model.get_output_embeddings()
+    sources = {}
+    for module_name, module in list(model.named_modules()):
+        if module is head or not isinstance(module, nn.Linear | Conv1D):
+            continue
+        shape = tuple(module.weight.shape)
+        transposed = isinstance(module, Conv1D)
+        rows, cols = (shape[1], shape[0]) if transposed else shape
+        has_bias = module.bias is not None
+        frozen = linear.build(rows, cols, bias=has_bias, compute_dtype=compute_dtype, quantization=quantization)
+        model.set_submodule(module_name, frozen)
+        sources[module_name] = (f"{module_name}.weight", shape, transposed)
+    return sources
+
+
+def _entries(
+    model: PreTrainedModel, sources: dict[str, tuple[str, tuple[int, ...], bool]], compute_dtype: torch.dtype
+) -> Iterator[Entry]:
+    """Every distinct parameter once; a tied weight goes under its first name."""
+    for name, parameter in model.named_parameters():
+        module_name, _, leaf = name.rpartition(".")
+        shape = tuple(parameter.shape)
+        if module_name in sources and leaf in ("blob", "weight"):
+            source, source_shape, transposed = sources[module_name]
+            yield Entry(name, source, source_shape, leaf == "blob", transposed, shape, parameter.dtype)
+        else:
+            yield Entry(name, name, shape, False, False, shape, compute_dtype)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,218 @@
+"""The command line: parses, calls, prints. Every decision is made elsewhere.
+
+Progress and tables go to standard error. `--json` prints one JSON object on standard output and nothing else.
+Exit codes: 0 done, 2 the user's input is wrong (one message, no traceback), 1 the run failed.
+Nothing heavy is imported before a command runs: `peftscale --help` answers at once.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from peftscale import __version__
+from peftscale.errors import ConfigError, PeftscaleError, TrainingError
+
+app = typer.Typer(
+    add_completion=True,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Soft prompts through a frozen, quantised, sharded language model.",
+)
+
+RunFile = Annotated[Path, typer.Argument(help="The run file, for example configs/quickstart.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes: train.steps=100")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Adapters = Annotated[
+    list[Path] | None,
+    typer.Option("--adapter", "-a", help="An adapter directory; repeatable. Left out: the run's own best adapters."),
+]
+
+
+@app.command()
+def train(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Go on with the run of this name from its last checkpoint.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train the adapters of a run file."""
+    from peftscale import configio, driver, report
+
+    cfg = configio.load(run_file, [*(overrides or []), *([f"name={resume}"] if resume else [])])
+    summary = driver.run(cfg, resume=resume is not None)
+    if as_json:
+        _print_json(summary.model_dump(mode="json"))
+    else:
+        report.show(report.summary_table(summary))
+
+
+@app.command()
+def plan(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    hardware: Annotated[
+        list[str] | None, typer.Option(help="For example 8xH100-80GB; repeatable. Left out: this machine.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compute bytes per rank and per step, from the base's config alone. Exit code 2 where it does not fit."""
+    from peftscale import configio, facts, report
+    from peftscale import plan as planning
+
+    cfg = configio.load(run_file, overrides or [])
+    machines = [planning.Hardware.parse(name) for name in hardware or []] or [planning.detect()]
+    base_facts = facts.load(_config_dir(cfg.base.model, cfg.base.revision))
+    plans = [
+        planning.make(cfg, base_facts, machine, world=machine.num_devices if hardware else max(1, cfg.cluster.workers))
+        for machine in machines
+    ]
+    if as_json:
+        _print_json({"plans": [item.model_dump(mode="json") for item in plans]})
+    else:
+        report.show(planning.table(plans))
+    if not all(item.fits for item in plans):
+        raise ConfigError("\n".join(problem for item in plans for problem in item.problems))
+
+
+@app.command()
+def evaluate(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    adapter: Adapters = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    as_json: AsJson = False,
+) -> None:
+    """Score adapters, and the base without any, on the run file's task. The base is loaded once."""
+    from peftscale import configio, driver, report
+
+    if split not in ("train", "validation", "test"):
+        raise ConfigError(f"--split: must be train, validation or test, got {split!r}")
+    cfg = configio.load(run_file, overrides or [])
+    result = driver.evaluate(cfg, driver.adapter_dirs(cfg, adapter), split)
+    for note in result["notes"]:
+        print(note, file=sys.stderr)
+    if as_json:
+        _print_json(result)
+    else:
+        report.show(report.scores_table(result))
+
+
+@app.command()
+def generate(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    adapter: Adapters = None,
+    text: Annotated[list[str] | None, typer.Option(help="Input, where the task's template has one column.")] = None,
+    row: Annotated[
+        list[str] | None, typer.Option(help='Input columns as JSON, for example \'{"text": "..."}\'.')
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer single inputs: the likeliest label of a classification, or a greedy continuation."""
+    from peftscale import configio, driver, report
+
+    cfg = configio.load(run_file, overrides or [])
+    rows = driver.input_rows(cfg, text or [], row or [])
+    result = driver.generate(cfg, driver.adapter_dirs(cfg, adapter), rows)
+    for note in result["notes"]:
+        print(note, file=sys.stderr)
+    if as_json:
+        _print_json(result)
+    else:
+        report.show(report.answers_table(rows, result))
+
+
+@app.command()
+def inspect(adapter: Annotated[Path, typer.Argument(help="An adapter directory.")], as_json: AsJson = False) -> None:
+    """Say what an adapter directory holds, after checking every hash in it."""
+    from peftscale import report
+    from peftscale.adapters import files
+
+    found = files.describe(adapter).model_dump(mode="json")
+    if as_json:
+        _print_json(found)
+    else:
+        report.show(report.facts_table(str(adapter), found))
+
+
+@app.command()
+def pack(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Directory to write. Left out: the user's cache.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Quantise the base once, ahead of a run, and print its digest."""
+    from peftscale import configio, report
+    from peftscale.base import load
+
+    found = load.pack_ahead(configio.load(run_file, overrides or []).base, out)
+    if as_json:
+        _print_json(found)
+    else:
+        report.show(report.facts_table("packed base", found))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of run files, for editors."""
+    from peftscale import configio
+
+    _print_json(configio.schema())
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Look at this machine and say what would fail. Exit code 1 where something would."""
+    from peftscale import doctor as checks
+    from peftscale import report
+
+    found = checks.run()
+    if as_json:
+        print(checks.to_json(found))
+    else:
+        report.show(checks.render(found))
+    if any(check.status == "fail" for check in found):
+        raise typer.Exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the `peftscale` command."""
+    try:
+        app()
+    except PeftscaleError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except TrainingError as error:
+        print(f"the run failed: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; go on with --resume", file=sys.stderr)
+        sys.exit(1)
+
+
+def _config_dir(model: str, revision: str) -> Path:
+    """A plan needs config.json only: no torch is imported for a directory."""
+    directory = Path(model)
+    if directory.is_dir():
+        return directory
+    from peftscale.base import load
+
+    return load.resolve(model, revision, with_weights=False)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))

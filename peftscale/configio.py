@@ -1,0 +1,257 @@
+"""Run file: YAML and `key=value` overrides turned into a checked RunConfig, and back into plain data.
+
+The types and rules are `config`; the words for what breaks them are here. All problems of a file are found
+in one go. Whether a model or a data set is usable is `facts` and `data`; here their files must only be there.
+"""
+
+import difflib
+import hashlib
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+
+from peftscale import complaints
+from peftscale.complaints import Problems, close_to, shown
+from peftscale.config import RunConfig
+from peftscale.errors import ConfigError
+
+_DATA_FILES = (("task", "files", "train"), ("task", "files", "validation"), ("task", "files", "test"))
+_MAY_BE_MADE = (("base", "pack_dir"), ("cluster", "storage"))
+_NOT_THE_RESULT: Any = {"name": True, "cluster": True, "track": True, "base": {"pack_dir"}}
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file, apply the overrides in order and check everything.
+
+    Relative paths, also those of overrides, are taken from the folder of the run file and come back absolute.
+    `base.model` is a path when it begins with `.`, `/` or `~` or when that directory is there; else it is a hub id.
+
+    Args:
+        path: the YAML file.
+        overrides: `train.steps=300`, dotted keys. Text stays as typed; other values are read as YAML.
+
+    Raises:
+        ConfigError: one message with every problem, each with its key, the rule and the value that was got.
+    """
+    path = Path(path)
+    conf = _read(path)
+    problems = Problems()
+    _override(conf, overrides, problems)
+    raw = _plain(conf, (), problems)
+    _take_paths_from(path.absolute().parent, raw, problems)
+    cfg: RunConfig | None = None
+    try:
+        cfg = from_json(json.dumps(raw))
+    except ValidationError as error:
+        complaints.collect(error, raw, problems)
+    if problems or cfg is None:
+        raise ConfigError(problems.text(str(path)))
+    return cfg
+
+
+def from_json(text: str) -> RunConfig:
+    """The pydantic check in its JSON mode: strict about types, but lists are tuples and strings are paths there."""
+    return RunConfig.model_validate_json(text, strict=True)
+
+
+def dump(cfg: RunConfig) -> dict[str, Any]:
+    """Plain dicts, lists and scalars that `from_dict` turns back into an equal RunConfig in another process."""
+    return cfg.model_dump(mode="json")
+
+
+def from_dict(data: dict[str, Any]) -> RunConfig:
+    """The inverse of `dump`. Paths are taken as they are and not looked at.
+
+    Raises:
+        ConfigError: `data` is not what `dump` wrote, for example of another version.
+    """
+    try:
+        return from_json(json.dumps(data))
+    except ValidationError as error:
+        problems = Problems()
+        complaints.collect(error, data, problems)
+        raise ConfigError(problems.text("saved run configuration")) from None
+
+
+def fingerprint(cfg: RunConfig) -> str:
+    """Sha256 (64 hex digits) over what changes the result of a run, in canonical JSON.
+
+    Left out are the name, the cluster, the trackers and `base.pack_dir`. Of a path the last two parts count, so that
+    the fingerprint is the same on another machine; what is in the base is the digest's business.
+    """
+    data = cfg.model_dump(mode="json", exclude=_NOT_THE_RESULT)
+    data["base"]["model"] = "/".join(Path(cfg.base.model).parts[-2:])
+    for split, file in (data["task"]["files"] or {}).items():
+        data["task"]["files"][split] = file and "/".join(Path(file).parts[-2:])
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a run file, with the field docstrings as descriptions, for editors that check YAML."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **RunConfig.model_json_schema(),
+        "title": "peftscale run file",
+    }
+
+
+def _read(path: Path) -> DictConfig:
+    """The file as a tree with its interpolations unresolved. OmegaConf refuses duplicate keys and reads 3e-4 right."""
+    if not path.is_file():
+        raise ConfigError(_not_there(path))
+    try:
+        conf = OmegaConf.load(io.StringIO(path.read_text(encoding="utf-8")))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); a run file is YAML") from None
+    except OSError as error:
+        # OmegaConf raises it without a reason for a file that is one number.
+        fault = f"cannot be read: {error.strerror}" if error.strerror else "must be a mapping (key: value lines)"
+        raise ConfigError(f"{path}: {fault}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: {_broken(error)}") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: an interpolation ${{...}} cannot be read: {_first_line(error)}") from None
+    if not isinstance(conf, DictConfig):
+        raise ConfigError(f"{path}: must be a mapping (key: value lines), got a list")
+    if not conf:
+        raise ConfigError(f"{path}: holds no keys; `peftscale schema` lists them")
+    return conf
+
+
+def _not_there(path: Path) -> str:
+    folder = path if path.is_dir() else path.parent
+    what = "is a directory, not a run file" if path.is_dir() else f"no such file (looked for {path.absolute()})"
+    if not folder.is_dir():
+        return f"{path}: {what}; there is no directory {folder} either"
+    known = sorted(str(folder / file.name) for file in folder.iterdir() if file.suffix in (".yaml", ".yml"))
+    nearest = difflib.get_close_matches(str(path), known, n=1, cutoff=0.6)
+    if nearest:
+        return f"{path}: {what}; did you mean {nearest[0]}?"
+    return f"{path}: {what}; run files in {folder}: {', '.join(known[:8]) or 'none'}"
+
+
+def _broken(error: yaml.YAMLError) -> str:
+    """Line, column and fault of a YAML error. The parser's own text spreads these over four lines."""
+    mark = getattr(error, "problem_mark", None)
+    fault = getattr(error, "problem", None) or _first_line(error)
+    context = getattr(error, "context", None)
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+    return f"broken YAML: {where}{fault}" + (f" ({context})" if context else "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _override(conf: DictConfig, overrides: Iterable[str], problems: Problems) -> None:
+    """Write each override into the tree; one whose key no run file has is a problem and is not written."""
+    for override in overrides:
+        key, equals, typed = override.partition("=")
+        keys = tuple(key.split("."))
+        if not equals or not all(keys):
+            problems.add(f"override '{override}'", "must have the form key=value, for example train.steps=300")
+            continue
+        wrong = complaints.unknown(keys)
+        if wrong is None and len(keys) > 2 and keys[0] == "adapters" and keys[1] not in (conf.get("adapters") or {}):
+            # A whole new adapter is given as adapters.NAME={...}; a single key of one is nearly always a typo.
+            known = [str(name) for name in conf.get("adapters") or {}]
+            wrong = f"the file has no adapter '{keys[1]}'{close_to(keys[1], known)}"
+        if wrong is not None:
+            problems.add(f"override '{override}'", wrong)
+            continue
+        try:
+            OmegaConf.update(conf, key, _value(keys, typed), merge=True)
+        except yaml.YAMLError as error:
+            problems.add(f"override '{override}'", f"broken YAML after '=': {getattr(error, 'problem', None) or error}")
+        except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
+            problems.add(f"override '{override}'", f"cannot be applied to the file: {_first_line(error)}")
+        problems.typed[keys] = override
+
+
+def _value(keys: tuple[str, ...], typed: str) -> Any:
+    """What was typed after the equals sign. Where the key holds text nothing is read into it (1e5, no, a: b)."""
+    is_text, is_optional = complaints.holds_text(keys)
+    is_quoted = len(typed) > 1 and typed[0] == typed[-1] and typed[0] in "'\""
+    if is_text and not is_quoted and not (is_optional and typed in ("null", "~")):
+        return typed
+    return OmegaConf.from_dotlist([f"value={typed}"])._get_node("value")
+
+
+def _plain(node: Any, keys: tuple[str, ...], problems: Problems) -> Any:
+    """Dicts, lists and scalars with interpolations resolved. What cannot be resolved is a problem and left out."""
+    if OmegaConf.is_list(node):
+        return [_entry(node, index, (*keys, str(index)), problems) for index in range(len(node))]
+    if not OmegaConf.is_dict(node):
+        if isinstance(node, float) and not math.isfinite(node):
+            problems.add(keys, f"must be a finite number, got {node}")
+        # 1e3 is a float in YAML and a whole number to the person who wrote it.
+        return int(node) if isinstance(node, float) and node.is_integer() else node
+    plain: dict[str, Any] = {}
+    for key in node:
+        if isinstance(key, str) or (isinstance(key, int) and not isinstance(key, bool)):
+            plain[str(key)] = _entry(node, key, (*keys, str(key)), problems)
+        else:
+            problems.add(
+                keys,
+                f"a key must be text, got {shown(key)}; YAML reads yes, no, on and off as true and false, so quote it",
+            )
+    return plain
+
+
+def _entry(node: Any, key: Any, keys: tuple[str, ...], problems: Problems) -> Any:
+    try:
+        if OmegaConf.is_missing(node, key):
+            problems.add(keys, "??? must be filled in")
+            return None
+        return _plain(node[key], keys, problems)
+    except OmegaConfBaseException as error:
+        source = OmegaConf.to_container(node, resolve=False)
+        written = source[key] if isinstance(source, dict | list) else source
+        problems.add(keys, f"{shown(written)} cannot be resolved: {_first_line(error)}")
+        return None
+
+
+def _take_paths_from(folder: Path, raw: dict[str, Any], problems: Problems) -> None:
+    """Make the paths in `raw` absolute, in place, and look whether the files that are read are there."""
+    for keys in (*_DATA_FILES, *_MAY_BE_MADE, ("base", "model")):
+        holder: Any = raw
+        for key in keys[:-1]:
+            holder = holder.get(key) if isinstance(holder, dict) else None
+        typed = holder.get(keys[-1]) if isinstance(holder, dict) else None
+        if not isinstance(typed, str) or not typed:
+            continue
+        if keys == ("base", "model") and not _is_path(typed, folder):
+            continue
+        if "://" in typed:
+            problems.add(keys, f"must be a path that every node sees (a mounted directory), got the URL {shown(typed)}")
+            continue
+        place = Path(os.path.abspath(folder / Path(typed).expanduser()))
+        holder[keys[-1]] = str(place)
+        if keys in _DATA_FILES and not place.is_file():
+            problems.add(keys, _missing("file", place, typed))
+        elif keys == ("base", "model") and not place.is_dir():
+            problems.add(keys, _missing("directory", place, typed))
+
+
+def _is_path(model: str, folder: Path) -> bool:
+    """A hub id is `name` or `owner/name`; what is or looks like a directory next to the run file is a path."""
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or (folder / model).is_dir():
+        return True
+    return "/" in model and (folder / model.split("/")[0]).is_dir()
+
+
+def _missing(what: str, place: Path, typed: str) -> str:
+    near = [other.name for other in place.parent.iterdir()] if place.parent.is_dir() else []
+    text = f"no such {what}, got {shown(typed)}, looked for {place}{close_to(place.name, near)}"
+    if not Path(typed).is_absolute() and Path(typed).exists():
+        text += f"; paths are taken from the run file's folder: write {Path(typed).absolute()}"
+    return text

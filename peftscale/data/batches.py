@@ -1,0 +1,136 @@
+"""Which examples a step trains on, and which of them a rank computes in which pass through the base.
+
+The order is global: a function of the seed and the position, never of the number of workers. Dealing to
+ranks is a function of the step's items, the world size and `microbatch_tokens`; every rank computes the plan
+of all ranks for itself, and no rank talks. Joining items to tensors is `train.step`.
+
+Order: in epoch e of seed s over N examples, example i has the key w_i, where w_0 .. w_(N-1) are the first N
+raw 64-bit words of numpy.random.Philox with the key (s mod 2^64, e). The epoch goes through the examples by
+increasing w, equal ones by index. numpy keeps raw words the same for ever (NEP 19), which it does not promise
+for `permutation`, nor torch for `randperm`.
+
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox).
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from peftscale.data.tasks import Example
+from peftscale.data.tokens import Ids
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """Where an adapter stands in its order of examples: all that a checkpoint has to keep of the data."""
+
+    seed: int
+    position: int = 0
+    """Examples that were trained on so far, over all ranks and epochs."""
+
+    def take(self, num: int, *, num_examples: int) -> "tuple[tuple[int, ...], Cursor]":
+        """The next `num` examples, as indices 0 .. num_examples-1, and the cursor behind them.
+
+        Across the end of an epoch the next one begins, so a step is never short. A step with more than
+        `num_examples` items has examples twice.
+        """
+        end = self.position + num
+        return indices(self.seed, self.position, end, num_examples=num_examples), Cursor(self.seed, end)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One row of one pass: an example behind an adapter's prompt."""
+
+    adapter: str
+    prompt_length: int
+    """Virtual tokens in front of the row; 0 for the base alone."""
+    example: Example
+    target_ids: Ids
+    """What is scored behind the input; () where it is to be generated."""
+    choice: int | None = None
+    """Which label's words `target_ids` are, when all labels of an example are scored."""
+    num_new_tokens: int = 0
+    """Room for what is generated behind the input."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the row at its longest: virtual tokens, input, target, generated."""
+        return self.prompt_length + len(self.example.input_ids) + len(self.target_ids) + self.num_new_tokens
+
+
+def indices(seed: int, start: int, stop: int, *, num_examples: int) -> tuple[int, ...]:
+    """The examples at the positions start .. stop-1 of the endless order of `seed`."""
+    assert num_examples > 0
+    taken: list[int] = []
+    while start < stop:
+        epoch, first = divmod(start, num_examples)
+        last = min(num_examples, first + stop - start)
+        taken.extend(_permutation(seed, epoch, num_examples)[first:last].tolist())
+        start += last - first
+    return tuple(taken)
+
+
+def training_items(adapter: str, prompt_length: int, examples: Iterable[Example]) -> list[Item]:
+    """Each example with its own target: for a step, or for the loss over a split."""
+    return [Item(adapter, prompt_length, example, example.target_ids) for example in examples]
+
+
+def choice_items(adapter: str, prompt_length: int, examples: Iterable[Example]) -> list[Item]:
+    """Each example once for each label: the likelihoods that classification compares."""
+    return [
+        Item(adapter, prompt_length, example, ids, choice=choice)
+        for example in examples
+        for choice, ids in enumerate(example.choices_ids)
+    ]
+
+
+def generation_items(
+    adapter: str, prompt_length: int, examples: Iterable[Example], *, num_new_tokens: Sequence[int]
+) -> list[Item]:
+    """Each example's input with room for so many new tokens (`TaskData.num_new_tokens`)."""
+    return [
+        Item(adapter, prompt_length, example, (), num_new_tokens=num)
+        for example, num in zip(examples, num_new_tokens, strict=True)
+    ]
+
+
+def plan_passes(items: Sequence[Item], *, world: int, microbatch_tokens: int) -> list[list[list[Item]]]:
+    """Deal the rows of a step, or of a whole split, to ranks and passes.
+
+    Ranks go through the base in lockstep, because gathering its weights takes all of them: a pass is as slow as
+    its slowest rank, and one more pass costs one more gather of everything. So the rows are sorted, longest
+    first, and each pass takes as many from the front as fill `microbatch_tokens` on every rank, dealt in turn.
+    Rows of a pass are of nearly one length on all ranks: little padding, nobody waits.
+
+    Args:
+        items: of all adapters. The plan depends on their order only between rows of equal length.
+        world: ranks.
+        microbatch_tokens: most tokens in one pass of one rank, counted as longest row * rows. A row that
+            is longer than this by itself stands alone in its pass.
+
+    Returns:
+        [rank][pass] -> rows. Every rank has the same number of passes, and the rows of all of them are
+        exactly `items`; where the last pass has fewer rows than ranks, some ranks have an empty one.
+    """
+    assert world > 0 and microbatch_tokens > 0
+    queue = sorted(items, key=lambda item: -item.num_tokens)  # stable, so equal on every rank
+    ranks: list[list[list[Item]]] = [[] for _ in range(world)]
+    while queue:
+        num_rows = max(1, microbatch_tokens // max(1, queue[0].num_tokens))
+        taken, queue = queue[: num_rows * world], queue[num_rows * world :]
+        for rank, passes in enumerate(ranks):
+            passes.append(taken[rank::world])
+    return ranks
+
+
+@functools.lru_cache(maxsize=64)  # every step of an epoch asks for the same one; a cohort for one per seed
+def _permutation(seed: int, epoch: int, num_examples: int) -> npt.NDArray[np.int64]:
+    """The order of one epoch, (num_examples,). Shared by its callers: read only."""
+    key = np.array([seed % 2**64, epoch], dtype=np.uint64)
+    order = np.argsort(np.random.Philox(key=key).random_raw(num_examples), kind="stable")
+    order.setflags(write=False)
+    return order

@@ -1,0 +1,325 @@
+"""A task as tokenised examples: rows rendered by the templates, checked against `labels`, and measured.
+
+Text in, text out. Reading files is `rows`, rendering one row is `template`, token ids are `tokens`; the order
+in which examples are trained on is `batches`. Only target tokens count in the loss.
+
+Source: the text-to-text form of Raffel et al. 2020, arXiv:1910.10683, section 2.4; classification by the
+likelihood of the label words as in Brown et al. 2020, arXiv:2005.14165, section 2.4.
+"""
+
+import difflib
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from peftscale.config import TaskConfig
+from peftscale.data import rows
+from peftscale.data.rows import Split
+from peftscale.data.template import Template
+from peftscale.data.tokens import Ids, TextEncoder
+from peftscale.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+_NUM_PROBES = 256
+_NUM_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row. Ids carry no padding and no virtual token."""
+
+    index: int
+    """Row in its split, counted from 0."""
+    input_ids: Ids
+    """At least one; with what the tokenizer sets in front of a text, without EOS."""
+    target_ids: Ids
+    """At least one. Ends with EOS where the target is generated, so that generation learns to end."""
+    label: int | None
+    """Position in TaskData.labels; None where the target is generated."""
+    target_text: str
+    """The words of the label, or the rendered target."""
+    choices_ids: tuple[Ids, ...] = ()
+    """Classification: the words of each label behind this input, in the order of TaskData.labels."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskData:
+    """The splits that were asked for. The others, and a test split that the task does not have, are empty."""
+
+    name: str
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
+    labels: tuple[str, ...]
+    """Keys of task.labels, in the order of the run file; empty where targets are generated."""
+    words: tuple[str, ...]
+    """What each label is called in text."""
+    num_cut: int
+    """Examples of all splits that lost their first tokens to task.max_text_tokens."""
+    num_seams: int
+    """Examples whose target was encoded alone, because a token reached across from the input.
+    As a rule `input` ends in a blank that belongs in front of the target."""
+    has_shared_choices: bool
+    """Every example has the same choices_ids: they do not depend on the input."""
+    max_tokens: int | None
+    """Input and target of one example together, at most."""
+    max_target_tokens: int
+
+    def split(self, name: Split) -> tuple[Example, ...]:
+        """The examples of one split.
+
+        Raises:
+            DataError: the split is empty, because the task has none or because it was not loaded.
+        """
+        examples: tuple[Example, ...] = getattr(self, name)
+        if not examples:
+            raise DataError(f"task {self.name}: no {name} split; give task.files.{name} or task.hub.{name}.")
+        return examples
+
+    def num_new_tokens(self, example: Example) -> int:
+        """How many tokens may be generated behind this input, EOS included: at least 1."""
+        if self.max_tokens is None:
+            return self.max_target_tokens
+        return min(self.max_target_tokens, self.max_tokens - len(example.input_ids))
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """One rendered row."""
+
+    split: Split
+    where: str
+    index: int
+    input: str
+    target: str
+    label: int | None
+
+
+def load(
+    task: TaskConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_tokens: int | None,
+    splits: Collection[Split] = SPLITS,
+) -> TaskData:
+    """Read, render, check and tokenise the splits of a task. The same on every rank.
+
+    Args:
+        task: which files, which templates. Paths are absolute or relative to the working directory.
+        tokenizer: of the base.
+        max_tokens: what fits: the base's positions minus the longest prompt. None: no limit.
+        splits: what to load. A test split that the task does not have is left empty.
+
+    Raises:
+        DataError: a file, a row, a label or a length that cannot be used; the message names it.
+        ConfigError: a template that is not Jinja.
+    """
+    texts: list[_Texts] = []
+    for split in SPLITS:
+        if split in splits:
+            texts.extend(_render(task, split))
+    return _tokenised(task, tokenizer, texts, max_tokens=max_tokens)
+
+
+def from_rows(
+    task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", columns: Sequence[Mapping[str, str]], *, max_tokens: int | None
+) -> TaskData:
+    """Rows without an answer, to be classified or continued: the test split of the result.
+
+    Args:
+        columns: what task.input reads, one mapping a row.
+
+    Raises:
+        DataError, ConfigError: as `load`.
+    """
+    template, where = Template("task.input", task.input), "the given rows"
+    words = next(iter(task.labels.values())) if task.labels else " x"  # a target has to be there; nobody looks at it
+    texts = []
+    for i, row in enumerate(columns):
+        template.used(list(row), where=where)
+        texts.append(_Texts("test", where, i, template.render(row, where=where, index=i), words, None))
+    return _tokenised(task, tokenizer, texts, max_tokens=max_tokens)
+
+
+def _tokenised(
+    task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", texts: Sequence[_Texts], *, max_tokens: int | None
+) -> TaskData:
+    encoder = TextEncoder(tokenizer)
+    inputs = encoder.inputs([text.input for text in texts])
+    found = encoder.continuations([text.input for text in texts], inputs, [text.target for text in texts])
+    targets = [ids for ids, _ in found]
+    _refuse_empty(texts, inputs, targets)
+    if task.labels is None:
+        targets = [(*ids, _eos(tokenizer)) for ids in targets]
+        choices: list[tuple[Ids, ...]] = [()] * len(texts)
+    else:
+        choices = _choices(encoder, texts, inputs, targets, tuple(task.labels.values()))
+        _refuse_alike(task, texts, choices)
+    num_start = len(encoder.start_ids)
+    cut = [_cut(ids, num_start=num_start, most=task.max_text_tokens) for ids in inputs]
+    _refuse_long(task, texts, cut, targets, choices, max_tokens=max_tokens)
+    examples: dict[Split, list[Example]] = {split: [] for split in SPLITS}
+    for text, ids, target_ids, choices_ids in zip(texts, cut, targets, choices, strict=True):
+        examples[text.split].append(Example(text.index, ids, target_ids, text.label, text.target, choices_ids))
+    return TaskData(
+        name=task.name,
+        train=tuple(examples["train"]),
+        validation=tuple(examples["validation"]),
+        test=tuple(examples["test"]),
+        labels=tuple(task.labels or ()),
+        words=tuple((task.labels or {}).values()),
+        num_cut=sum(len(short) < len(long) for short, long in zip(cut, inputs, strict=True)),
+        num_seams=sum(not is_joined for _, is_joined in found),
+        has_shared_choices=task.labels is not None and len(set(choices)) == 1,
+        max_tokens=max_tokens,
+        max_target_tokens=task.max_target_tokens,
+    )
+
+
+def _render(task: TaskConfig, split: Split) -> list[_Texts]:
+    """The texts of one split, labels checked; nothing where the task has no such split."""
+    table = rows.load(task, split)
+    if table is None:
+        return []
+    templates = Template("task.input", task.input), Template("task.target", task.target)
+    columns = set[str]().union(*(template.used(table.columns, where=table.where) for template in templates))
+    pairs = [
+        (templates[0].render(row, where=table.where, index=i), templates[1].render(row, where=table.where, index=i))
+        for i, row in enumerate(table.only(columns))
+    ]
+    if task.labels is None:
+        return [_Texts(split, table.where, i, text, target, None) for i, (text, target) in enumerate(pairs)]
+    _check_labels(task.labels, [target for _, target in pairs], where=table.where, is_train=split == "train")
+    place = {key: i for i, key in enumerate(task.labels)}
+    return [_Texts(split, table.where, i, text, task.labels[key], place[key]) for i, (text, key) in enumerate(pairs)]
+
+
+def _check_labels(labels: dict[str, str], found: Sequence[str], *, where: str, is_train: bool) -> None:
+    """Both directions: every rendered target is a key, and every key occurs in the train split."""
+    counts = Counter(found)
+    unknown = [(value, count) for value, count in counts.most_common() if value not in labels]
+    if unknown:
+        value = unknown[0][0]
+        close = difflib.get_close_matches(value, labels, n=1) or [key for key in labels if key.strip() == value.strip()]
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        listed = ", ".join(f"{value!r} ({count} times)" for value, count in unknown[:_NUM_SHOWN])
+        more = f" and {len(unknown) - _NUM_SHOWN} more" if len(unknown) > _NUM_SHOWN else ""
+        raise DataError(
+            f"{where}: task.target renders {listed}{more}, first in row {list(found).index(value)} (counted from 0); "
+            f"the keys of task.labels are {', '.join(map(repr, labels))}.{hint}"
+        )
+    absent = [key for key in labels if key not in counts]
+    if is_train and absent:
+        raise DataError(
+            f"task.labels: {', '.join(map(repr, absent))} never occur(s) in {where}; task.target renders "
+            f"{', '.join(map(repr, sorted(counts)))} there. Take the key out, or check the file."
+        )
+
+
+def _choices(
+    encoder: TextEncoder, texts: Sequence[_Texts], inputs: Sequence[Ids], targets: Sequence[Ids], words: tuple[str, ...]
+) -> list[tuple[Ids, ...]]:
+    """The ids of every label's words behind every input.
+
+    As a rule they are the same behind all inputs, and encoding N * K strings to find that is the larger part of
+    the loading time. So the K words are encoded behind 256 inputs spread over the data; where those agree
+    with each other, and with the own target of every example, all examples share one tuple. A row where only the words
+    of another label would differ then has them as they are behind every other row.
+    """
+    probes = range(0, len(texts), max(1, len(texts) // _NUM_PROBES))
+
+    def behind(places: Sequence[int]) -> list[tuple[Ids, ...]]:
+        chosen, read = [texts[i].input for i in places], [inputs[i] for i in places]
+        by_word = [[ids for ids, _ in encoder.continuations(chosen, read, [word] * len(chosen))] for word in words]
+        return list(zip(*by_word, strict=True))
+
+    shared, *others = behind(probes)
+    own_agrees = all(
+        text.label is not None and ids == shared[text.label] for text, ids in zip(texts, targets, strict=True)
+    )
+    if own_agrees and all(other == shared for other in others):
+        return [shared] * len(texts)
+    return behind(range(len(texts)))
+
+
+def _cut(ids: Ids, *, num_start: int, most: int | None) -> Ids:
+    """The last tokens, behind what the tokenizer opens a text with. `most` counts both."""
+    if most is None or len(ids) <= most:
+        return ids
+    if most <= num_start:
+        raise DataError(
+            f"task.max_text_tokens={most} leaves no room for text: this base's tokenizer opens every text "
+            f"with {num_start} token(s). Raise it above {num_start}."
+        )
+    return ids[:num_start] + ids[len(ids) - (most - num_start) :]
+
+
+def _eos(tokenizer: "PreTrainedTokenizerBase") -> int:
+    eos: int | None = tokenizer.eos_token_id
+    if eos is None:
+        raise DataError(
+            "task.labels: left out, so targets are generated, but this base's tokenizer has no end-of-sequence token "
+            "and a generation would not end. Give labels, or a base whose tokenizer has an eos_token."
+        )
+    return eos
+
+
+def _refuse_empty(texts: Sequence[_Texts], inputs: Sequence[Ids], targets: Sequence[Ids]) -> None:
+    for text, ids, target_ids in zip(texts, inputs, targets, strict=True):
+        if not ids or not target_ids:
+            key = "task.input" if not ids else "task.target"
+            got = text.input if not ids else text.target
+            raise DataError(
+                f"{key}: row {text.index} (counted from 0) of {text.where} renders {got!r}, which is no token; "
+                f"at least one is needed. Drop the row, or write a template that always says something."
+            )
+
+
+def _refuse_alike(task: TaskConfig, texts: Sequence[_Texts], choices: Sequence[tuple[Ids, ...]]) -> None:
+    for text, choices_ids in zip(texts, choices, strict=True):
+        if len(set(choices_ids)) < len(choices_ids):
+            raise DataError(
+                f"task.labels: two of {list((task.labels or {}).values())} are the same tokens {list(choices_ids)} "
+                f"for this base's tokenizer behind row {text.index} of {text.where}, so they cannot be told apart. "
+                f"Choose other words."
+            )
+
+
+def _refuse_long(
+    task: TaskConfig,
+    texts: Sequence[_Texts],
+    inputs: Sequence[Ids],
+    targets: Sequence[Ids],
+    choices: Sequence[tuple[Ids, ...]],
+    *,
+    max_tokens: int | None,
+) -> None:
+    """The longest example that does not fit, with what would help."""
+    if max_tokens is None or not texts:
+        return
+    behind = [max(map(len, (target, *words))) for target, words in zip(targets, choices, strict=True)]
+    worst = max(range(len(texts)), key=behind.__getitem__)
+    limit = f"at most {max_tokens} fit (the base's positions minus the longest prompt)"
+    if behind[worst] >= max_tokens:
+        raise DataError(
+            f"task.target: row {texts[worst].index} (counted from 0) of {texts[worst].where} has a target of "
+            f"{behind[worst]} tokens, which leaves no room for the input; {limit}. "
+            f"Shorten the target or lower adapters.*.length."
+        )
+    totals = [len(ids) + num for ids, num in zip(inputs, behind, strict=True)]
+    long = [i for i, total in enumerate(totals) if total > max_tokens]
+    if not long:
+        return
+    most = max(long, key=totals.__getitem__)
+    room = max_tokens - max(behind)
+    key = "task.input" if task.max_text_tokens is None else f"task.max_text_tokens={task.max_text_tokens}"
+    raise DataError(
+        f"{key}: {len(long)} of {len(texts)} examples are too long; the longest, row {texts[most].index} (counted "
+        f"from 0) of {texts[most].where}, has {totals[most]} tokens ({len(inputs[most])} of input, {behind[most]} of "
+        f"target); {limit}. Set task.max_text_tokens to at most {room}, which cuts inputs at their beginning, "
+        f"or lower adapters.*.length."
+    )

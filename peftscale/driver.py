@@ -1,0 +1,284 @@
+"""The driver: work of a run file, in this process or as Ray workers: train, evaluate, generate.
+
+Ray starts the workers, restarts a dead group, and carries the result back; checkpoints and metrics are ours. What a
+worker does is `train.worker` and `train.use`.
+"""
+
+import json
+import logging
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peftscale import configio, errors, machine, progress
+from peftscale.config import RunConfig
+from peftscale.errors import AdapterError, CheckpointError, ClusterError, ConfigError, PeftscaleError, TrainingError
+from peftscale.records import RunSummary
+
+METRICS = "metrics.jsonl"
+_OBJECT_STORE_BYTES = 80 * 1024**2  # Ray's least; nothing of ours goes through it
+
+
+def run(cfg: RunConfig, *, resume: bool = False, show: bool = True) -> RunSummary:
+    """Train the cohort of a run file.
+
+    Args:
+        cfg: the run. Its name is used once: a second run with it is refused, unless it goes on.
+        resume: go on from the newest checkpoint of the run of this name.
+        show: print progress to standard error.
+
+    Raises:
+        PeftscaleError: the user's input is wrong; nothing of a new run is left behind.
+        TrainingError: the run failed.
+    """
+    is_main = int(os.environ.get("RANK", "0")) == 0 or cfg.cluster.workers > 0
+    if cfg.cluster.workers > 0:
+        _check_resources(cfg)  # before anything is written
+    if is_main:
+        _open_run_dir(cfg, resume=resume)
+    try:
+        with progress.followed(cfg.run_dir / METRICS, cfg, show=show and is_main):
+            return RunSummary.model_validate(_work(cfg, "train", {}))
+    except PeftscaleError:
+        if is_main and not resume and not (cfg.run_dir / "checkpoints").exists():
+            shutil.rmtree(cfg.run_dir, ignore_errors=True)  # the name stays free for the corrected run
+        raise
+
+
+def evaluate(cfg: RunConfig, directories: Sequence[Path], split: str) -> dict[str, Any]:
+    """`train.use.scores` on the run file's workers."""
+    return _work(cfg, "scores", {"directories": [str(path) for path in directories], "split": split})
+
+
+def generate(cfg: RunConfig, directories: Sequence[Path], rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """`train.use.answers` on the run file's workers."""
+    payload = {"directories": [str(path) for path in directories], "rows": [dict(row) for row in rows]}
+    return _work(cfg, "answers", payload)
+
+
+def adapter_dirs(cfg: RunConfig, given: Sequence[Path] | None) -> list[Path]:
+    """The adapters that a command works on: those that were named, else the best ones of the run itself.
+
+    Raises:
+        AdapterError: none was named and the run has none.
+    """
+    if given:
+        return [path.absolute() for path in given]
+    found = [cfg.run_dir / "adapters" / name / "best" for name in cfg.adapters]
+    missing = [path for path in found if not path.is_dir()]
+    if missing:
+        raise AdapterError(f"{missing[0]}: no such adapter. Train the run first, or name one with --adapter.")
+    return found
+
+
+def input_rows(cfg: RunConfig, texts: Sequence[str], rows: Sequence[str]) -> list[dict[str, str]]:
+    """Rows of columns from --text (a template with one column) and --row (JSON).
+
+    Raises:
+        ConfigError: nothing given, a template with several columns, or JSON that is no object.
+    """
+    from peftscale.data.template import Template
+
+    columns = sorted(Template("task.input", cfg.task.input).names)
+    if texts and len(columns) != 1:
+        raise ConfigError(f"--text: task.input reads the columns {', '.join(columns)}; give them with --row as JSON.")
+    found = [{columns[0]: text} for text in texts]
+    for text in rows:
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"--row {text}: not JSON ({error}).") from error
+        if not isinstance(row, dict) or not set(columns) <= set(row):
+            raise ConfigError(f"--row {text}: need an object with the keys {', '.join(columns)}.")
+        found.append({column: str(row[column]) for column in columns})
+    if not found:
+        raise ConfigError("no input given: use --text or --row.")
+    return found
+
+
+def _work(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[str, Any]:
+    """Run one of `_TASKS` here or on Ray."""
+    if cfg.cluster.workers == 0:
+        return _TASKS[task](cfg, payload)
+    _check_resources(cfg)
+    return _run_with_ray(cfg, task, payload)
+
+
+def _train(cfg: RunConfig, payload: dict[str, Any]) -> dict[str, Any]:
+    from peftscale.train import worker
+
+    def report(step: int) -> None:
+        if cfg.cluster.workers > 0:
+            import ray.train
+
+            ray.train.report({"step": step})
+
+    return worker.main(cfg, report).model_dump(mode="json")
+
+
+def _scores(cfg: RunConfig, payload: dict[str, Any]) -> dict[str, Any]:
+    from peftscale.train import use
+
+    return use.scores(cfg, [Path(path) for path in payload["directories"]], payload["split"])
+
+
+def _answers(cfg: RunConfig, payload: dict[str, Any]) -> dict[str, Any]:
+    from peftscale.train import use
+
+    return use.answers(cfg, [Path(path) for path in payload["directories"]], payload["rows"])
+
+
+_TASKS = {"train": _train, "scores": _scores, "answers": _answers}
+
+
+def _open_run_dir(cfg: RunConfig, *, resume: bool) -> None:
+    if resume:
+        if not (cfg.run_dir / "run.json").exists():
+            known = sorted(p.parent.name for p in cfg.cluster.storage.glob("*/run.json"))
+            raise CheckpointError(
+                f"--resume {cfg.name}: no such run in {cfg.cluster.storage}; there is {', '.join(known) or 'none'}."
+            )
+        return
+    try:
+        cfg.run_dir.mkdir(parents=True)
+        (cfg.run_dir / "run.json").write_text(cfg.model_dump_json(indent=1))
+    except FileExistsError:
+        raise ConfigError(
+            f"name: a run {cfg.name!r} exists in {cfg.cluster.storage}. "
+            f"Choose another with name=..., or go on with --resume {cfg.name}."
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"cluster.storage={cfg.cluster.storage} cannot be written: {error.strerror}.") from error
+
+
+def _check_resources(cfg: RunConfig) -> None:
+    """Refuse what Ray would wait for without end. A cluster elsewhere is asked once it is joined."""
+    if not os.environ.get("RAY_ADDRESS"):
+        _refuse_too_much(cfg, machine.num_cpus(), len(machine.accelerators()), "this machine")
+
+
+def _refuse_too_much(cfg: RunConfig, num_cpus: float, num_gpus: float, where: str) -> None:
+    cluster = cfg.cluster
+    for key, each, have in (("cpus", cluster.cpus_per_worker, num_cpus), ("gpus", cluster.gpus_per_worker, num_gpus)):
+        if cluster.workers * each > have:
+            raise ClusterError(
+                f"cluster.workers={cluster.workers} x cluster.{key}_per_worker={each:g} needs "
+                f"{cluster.workers * each:g} {key.upper()[:-1]}s, {where} has {have:g}; Ray would wait for ever. "
+                f"Lower cluster.workers or cluster.{key}_per_worker."
+            )
+
+
+def _run_with_ray(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[str, Any]:
+    _set_ray_defaults()
+    import ray
+    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    started_here = not ray.is_initialized()
+    if started_here:
+        _start_ray(ray)
+    try:
+        resources = ray.cluster_resources()
+        _refuse_too_much(cfg, resources.get("CPU", 0), resources.get("GPU", 0), "the Ray cluster")
+        use_gpu = cfg.cluster.gpus_per_worker > 0
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"cfg": configio.dump(cfg), "task": task, "payload": payload},
+            scaling_config=ScalingConfig(
+                num_workers=cfg.cluster.workers,
+                use_gpu=use_gpu,
+                resources_per_worker={
+                    "CPU": cfg.cluster.cpus_per_worker,
+                    **({"GPU": cfg.cluster.gpus_per_worker} if use_gpu else {}),
+                },
+            ),
+            # A new name each time: Ray resumes what it finds under an old one, and the state to resume is ours.
+            run_config=RayRunConfig(
+                name=f"{task}-{uuid.uuid4().hex[:8]}",
+                storage_path=str(cfg.cluster.storage / ".ray"),
+                failure_config=FailureConfig(max_failures=cfg.cluster.retries),
+            ),
+            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        )
+        return _result(_fit(trainer))
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _fit(trainer: Any) -> dict[str, Any]:
+    from ray.train import TrainingFailedError
+
+    try:
+        value: dict[str, Any] = trainer.fit().return_value
+        return value
+    except TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", {})
+        causes = [f"rank {rank}: {_last_line(cause)}" for rank, cause in sorted(failures.items())]
+        raise TrainingError("the workers failed; " + ("; ".join(causes) or _last_line(error))) from error
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _result(value: dict[str, Any]) -> dict[str, Any]:
+    """What the workers returned: a result, or the error that was not worth a retry."""
+    if "error" in value:
+        raise getattr(errors, value["error"])(value["message"])
+    result: dict[str, Any] = value["result"]
+    return result
+
+
+def _worker(config: dict[str, Any]) -> dict[str, Any]:
+    """What Ray runs in every worker process.
+
+    An error of the user's input is returned, not raised: Ray would start the group again to fail alike.
+    """
+    try:
+        return {"result": _TASKS[config["task"]](configio.from_dict(config["cfg"]), config["payload"])}
+    except (PeftscaleError, TrainingError) as error:
+        return {"error": type(error).__name__, "message": str(error)}
+
+
+def _set_ray_defaults() -> None:
+    """Before ray is imported. What the user has set stays."""
+    for name, value in {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # it would pack the working directory for local runs
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _start_ray(ray: Any) -> None:
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ClusterError(
+                f"RAY_ADDRESS={address}: no Ray cluster answers there ({_last_line(error)}). "
+                f"Unset it to run on this machine."
+            ) from error
+        return
+    ray.init(
+        address="local",
+        num_cpus=machine.num_cpus(),
+        object_store_memory=_OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if token.is_file():
+        token.chmod(stat.S_IRUSR | stat.S_IWUSR)  # Ray leaves it readable by everybody

@@ -1,0 +1,128 @@
+"""Facts of any other model: names and shapes of the meta skeleton that transformers builds without memory.
+
+Imports torch and transformers when it is called, not before. The real skeleton, with frozen linears, is
+`base.skeleton`; it refuses what is refused here.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from peftscale.errors import ModelError
+from peftscale.facts.units import BaseFacts, Kind, LinearFacts, TensorFacts, UnitFacts, in_order, sorted_unit
+
+
+def refuse(model: str, model_type: str, wrong: Sequence[TensorFacts]) -> NoReturn:
+    """
+    Raises:
+        ModelError: always. Names the kinds of tensors, largest first, each by its first layer.
+    """
+    first = {re.sub(r"\d+", "N", tensor.name): tensor for tensor in reversed(wrong)}
+    largest = sorted(first.values(), key=lambda tensor: (-math.prod(tensor.shape), tensor.name))[:3]
+    names = ", ".join(f"{tensor.name} {tensor.shape}" for tensor in largest)
+    raise ModelError(
+        f"base.model={model}: {len(wrong)} weight(s) of this {model_type} model are neither nn.Linear, Conv1D nor an "
+        f"embedding, so they can be neither quantised nor planned for: {names}. "
+        f"Fused experts (mixture-of-experts models) are not supported; choose a dense model."
+    )
+
+
+def read(model_dir: Path) -> BaseFacts:
+    """Names and shapes from the model that transformers builds without memory. Code beside the config is never run."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+        model = _meta_model(config)
+    except (OSError, ValueError, KeyError, ImportError, AssertionError, StrictDataclassError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise ModelError(
+            f"base.model={model_dir}: transformers cannot build this model from its config.json ({reason}). "
+            f"Give a causal language model that the installed transformers knows."
+        ) from error
+    text = config.get_text_config()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding is None or head is None:
+        raise ModelError(
+            f"base.model={model_dir}: {type(model).__name__} has no input embedding or no output head, so no text can "
+            f"be scored with it. Give a causal language model."
+        )
+    units = _skeleton_units(model, _block_names(model, text, model_dir), str(model_dir))
+    heads = text.num_attention_heads
+    act = getattr(text, "hidden_activation", None) or getattr(text, "hidden_act", None)
+    return BaseFacts(
+        model=str(model_dir),
+        model_type=str(config.model_type),
+        hidden_size=text.hidden_size,
+        num_layers=sum(unit.kind == "block" for unit in units),
+        num_heads=heads,
+        head_dim=getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or text.hidden_size // heads,
+        activation=str(act or getattr(text, "activation_function", None) or getattr(text, "dense_act_fn", None)),
+        vocab_size=text.vocab_size,
+        max_positions=getattr(text, "max_position_embeddings", None),
+        is_tied=head.weight is embedding.weight,
+        is_encoder_decoder=bool(config.is_encoder_decoder),
+        units=in_order(units),
+    )
+
+
+def _meta_model(config: Any) -> Any:
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    with init_empty_weights(include_buffers=True):
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        return auto.from_config(config)
+
+
+def _block_names(model: Any, text: Any, model_dir: Path) -> list[str]:
+    """Full names of the transformer blocks: the module lists that are as long as the model is deep."""
+    depths = {text.num_hidden_layers, getattr(text, "num_decoder_layers", None)}
+    lists = [name for name, m in model.named_modules() if type(m).__name__ == "ModuleList" and len(m) in depths]
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    stacks = outer if model.config.is_encoder_decoder else outer[:1]
+    if not stacks:
+        raise ModelError(
+            f"base.model={model_dir}: found no list of {text.num_hidden_layers} blocks in {type(model).__name__}, so "
+            f"it cannot be sharded. Choose a model with one list of decoder blocks."
+        )
+    return [f"{name}.{index}" for name in stacks for index in range(len(model.get_submodule(name)))]
+
+
+def _skeleton_units(model: Any, blocks: list[str], where: str) -> list[UnitFacts]:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    owner = {weight: name for name, weight in model.named_parameters()}
+    kinds: dict[str, Kind] = dict.fromkeys(blocks, "block")
+    linears: dict[str, list[LinearFacts]] = {name: [] for name in blocks}
+    dense: dict[str, list[TensorFacts]] = {name: [] for name in blocks}
+    wrong: list[TensorFacts] = []
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        # T5 hangs its one embedding into both stacks under other names.
+        if not own or (owner[next(iter(own.values()))].rpartition(".")[0] != name and module is not head):
+            continue
+        unit = next((block for block in blocks if name.startswith(f"{block}.") or name == block), name)
+        is_linear = isinstance(module, nn.Linear | Conv1D) and module is not head
+        if unit not in kinds:
+            table: Kind = "embedding" if module is embedding else "positions"
+            other: Kind = table if isinstance(module, nn.Embedding) else "projection" if is_linear else "norm"
+            kinds[unit] = "head" if module is head else other
+        into = dense.setdefault(unit, [])
+        for short, weight in own.items():
+            shape = tuple(weight.shape)
+            if is_linear and short == "weight":
+                rows, cols = shape if isinstance(module, nn.Linear) else shape[::-1]
+                linears.setdefault(unit, []).append(LinearFacts(name, rows, cols, own.get("bias") is not None))
+            elif len(shape) > 1 and not isinstance(module, nn.Embedding) and module is not head:
+                wrong.append(TensorFacts(f"{name}.{short}", shape))
+            else:
+                into.append(TensorFacts(owner[weight], shape))
+    if wrong:
+        refuse(where, str(model.config.model_type), wrong)
+    return [sorted_unit(unit, kind, linears.get(unit, []), dense[unit]) for unit, kind in kinds.items()]

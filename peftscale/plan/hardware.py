@@ -1,0 +1,111 @@
+"""Hardware to plan for: a catalogue by name, and this machine.
+
+What fits is `plan`; what the machine's kernel says is `machine`.
+
+Source: data sheets of the devices (dense bfloat16 peak, link bandwidth in one direction).
+"""
+
+import math
+import re
+import sys
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from peftscale import machine
+from peftscale.errors import ConfigError
+
+_RESERVED_BYTES = {"cuda": 1_500_000_000, "cpu": 500_000_000}  # context and buffers; interpreter and libraries
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """Devices of one kind."""
+
+    name: str
+    kind: Literal["cuda", "cpu"]
+    num_devices: int
+    """GPUs, or machines without one, whose ranks share the memory."""
+    memory_bytes: int
+    """Of one device. Catalogue: the name's GB as 10^9, a little less than there is."""
+    peak_tflops: float = 0.0
+    """Dense bfloat16; 0 where it is not known."""
+    link_gbytes_per_s: float = 0.0
+    """Between devices of a node, one direction; 0 where it is not known."""
+    devices_per_node: int = 8
+    num_cores: int | None = None
+    is_all: bool = True
+    """False when detected: a worker sees the devices it was given, and those of its node alone."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """'8xH100-80GB', 'A100-40GB', 'cpu-24GB', '2xcpu-64GB'.
+
+        Raises:
+            ConfigError: not of that form, or a device that is not in the catalogue.
+        """
+        match = re.fullmatch(r"(?:(\d+)x)?(.+)", text.strip(), re.IGNORECASE)
+        count, device = (int(match[1] or 1), match[2]) if match else (0, text)
+        if cpu := re.fullmatch(r"cpu-(\d+)GB", device, re.IGNORECASE):
+            memory, rates = int(cpu[1]), (0.0, 0.0)
+            name, kind = f"cpu-{memory}GB", "cpu"
+        else:
+            name = next((known for known in _CATALOGUE if known.lower() == device.lower()), "")
+            memory, *speeds = _CATALOGUE.get(name, (0, 0.0, 0.0))
+            rates, kind = (speeds[0], speeds[1]), "cuda"
+        if count < 1 or memory < 1:
+            raise ConfigError(
+                f"--hardware: cannot plan for {text!r}; expected <count>x<device> with one of {', '.join(_CATALOGUE)}, "
+                f"or cpu-<memory>GB, for example 8xH100-80GB or cpu-24GB."
+            )
+        return cls(name, "cpu" if kind == "cpu" else "cuda", count, memory * 10**9, *rates)
+
+    @property
+    def label(self) -> str:
+        """As `parse` reads it."""
+        return f"{self.num_devices}x{self.name}" if self.num_devices > 1 else self.name
+
+    def rank_bytes(self, world: int) -> int:
+        """Memory that one of `world` ranks may fill."""
+        if self.kind == "cuda":
+            return self.memory_bytes - _RESERVED_BYTES["cuda"]
+        ranks_here = math.ceil(world / self.num_devices)
+        return self.memory_bytes // ranks_here - _RESERVED_BYTES["cpu"]
+
+
+_CATALOGUE: dict[str, tuple[int, float, float]] = {  # memory GB, dense bfloat16 TFLOP/s, link GB/s
+    "H100-80GB": (80, 989.0, 450.0),
+    "H200-141GB": (141, 989.0, 450.0),
+    "A100-40GB": (40, 312.0, 300.0),
+    "A100-80GB": (80, 312.0, 300.0),
+    "L40S-48GB": (48, 362.0, 32.0),
+    "RTX4090-24GB": (24, 165.0, 32.0),
+    "V100-32GB": (32, 125.0, 150.0),  # float16; it has no bfloat16 units
+}
+
+
+def detect(*, cuda: bool | None = None) -> Hardware:
+    """This machine.
+
+    Args:
+        cuda: look for CUDA devices through torch. None: only if torch is imported already, so that a laptop's
+            `plan` stays quick.
+    """
+    if cuda or (cuda is None and "torch" in sys.modules):
+        import torch
+
+        if torch.cuda.is_available():
+            found = torch.cuda.get_device_properties(0)
+            short = next((known for known in _CATALOGUE if known.split("-")[0] in found.name.replace(" ", "")), "")
+            _, tflops, link = _CATALOGUE.get(short, (0, 0.0, 0.0))
+            return Hardware(
+                name=found.name,
+                kind="cuda",
+                num_devices=torch.cuda.device_count(),
+                memory_bytes=found.total_memory,
+                peak_tflops=tflops,
+                link_gbytes_per_s=link,
+                num_cores=machine.num_cpus(),
+                is_all=False,
+            )
+    memory = machine.memory_bytes()
+    return Hardware(f"cpu-{round(memory / 1e9)}GB", "cpu", 1, memory, num_cores=machine.num_cpus(), is_all=False)

@@ -1,0 +1,187 @@
+"""Live view of a run: follows its metrics file and shows or forwards each record as it is written.
+
+The workers only write `metrics.jsonl`; whoever started the run reads it here, so that the view is the same with and
+without Ray. On a terminal a progress bar, otherwise plain lines at most every two seconds. Everything goes to
+standard error. Trackers are accelerate's.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from peftscale.config import RunConfig
+from peftscale.errors import ConfigError
+from peftscale.records import EvaluationRecord, Record, StepRecord, parse
+
+_POLL_S = 0.1
+_LINE_EVERY_S = 2.0
+
+Sink = Callable[[Record], None]
+
+
+@contextmanager
+def followed(path: Path, cfg: RunConfig, *, show: bool) -> Iterator[None]:
+    """Follow `path` from its present end until the block ends, then read what is left.
+
+    Args:
+        path: the run's metrics file, which need not exist yet.
+        cfg: says how many steps there are and which trackers are fed.
+        show: print progress to standard error.
+
+    Raises:
+        ConfigError: a tracker is not installed.
+    """
+    sinks, close = _sinks(cfg, path.parent, show=show)
+    start = path.stat().st_size if path.exists() else 0
+    stop = threading.Event()
+    thread = threading.Thread(target=_follow, args=(path, start, sinks, stop), daemon=True, name="progress")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        for end in close:
+            end()
+
+
+def _follow(path: Path, at: int, sinks: list[Sink], stop: threading.Event) -> None:
+    is_last = False
+    while not is_last:
+        is_last = stop.wait(_POLL_S)
+        if not path.exists():
+            continue
+        with path.open("rb") as file:
+            file.seek(at)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        at += len(whole) + len(newline)
+        for line in whole.splitlines():
+            try:
+                record = parse(line)
+            except ValidationError:
+                continue  # not ours to judge: `records.read` does
+            for sink in sinks:
+                sink(record)
+
+
+def _sinks(cfg: RunConfig, run_dir: Path, *, show: bool) -> tuple[list[Sink], list[Callable[[], None]]]:
+    sinks: list[Sink] = []
+    close: list[Callable[[], None]] = []
+    if show:
+        console = Console(stderr=True)
+        view = _Bar(cfg, console) if console.is_terminal else _Lines(cfg)
+        sinks.append(view.show)
+        close.append(view.close)
+    for name in cfg.track:
+        tracker = _tracker(name, cfg, run_dir)
+        sinks.append(lambda record, tracker=tracker: tracker.log(_values(record), step=getattr(record, "step", 0)))
+        close.append(tracker.finish)
+    return sinks, close
+
+
+def _tracker(name: str, cfg: RunConfig, run_dir: Path) -> Any:
+    from accelerate.state import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState(cpu=True)  # accelerate's trackers ask it which process they are in
+    tracker_class = LOGGER_TYPE_TO_CLASS[name]
+    try:
+        tracker = (
+            tracker_class(cfg.name, logging_dir=str(run_dir))
+            if tracker_class.requires_logging_directory
+            else tracker_class(cfg.name)
+        )
+        tracker.start()
+        tracker.store_init_configuration(_flat(cfg.model_dump(mode="json")))
+    except (ImportError, NameError) as error:
+        raise ConfigError(
+            f"track: {name} is not installed ({error}). Install the extra: pip install 'peftscale[track]', "
+            f"or take {name} out of track."
+        ) from error
+    return tracker
+
+
+def _flat(value: Any, where: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {where: value if isinstance(value, int | float | str | bool) else str(value)}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{where}.{key}" if where else key).items()}
+
+
+def _values(record: Record) -> dict[str, float]:
+    match record:
+        case StepRecord():
+            losses = {f"loss/{name}": loss for name, loss in record.adapters.items()}
+            return {**losses, "learning_rate": record.learning_rate, "tokens_per_s": record.tokens_per_s}
+        case EvaluationRecord():
+            return {f"{record.split}/{record.adapter}/{name}": value for name, value in record.metrics.items()}
+        case _:
+            return {}
+
+
+class _Lines:
+    """Plain lines."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self._steps = cfg.train.steps
+        self._last_s = 0.0
+        self._first: tuple[int, float] | None = None
+
+    def show(self, record: Record) -> None:
+        now = time.monotonic()
+        if isinstance(record, EvaluationRecord):
+            self._print(_evaluation_line(record))
+        elif isinstance(record, StepRecord):
+            first_step, first_s = self._first = self._first or (record.step, now)
+            if record.step == self._steps or now - self._last_s >= _LINE_EVERY_S or record.skipped:
+                self._last_s = now
+                done = record.step - first_step
+                left = f"  {(now - first_s) / done * (self._steps - record.step):.0f} s left" if done else ""
+                self._print(f"step {record.step}/{self._steps}  {_step_words(record)}{left}")
+
+    def close(self) -> None:
+        pass
+
+    def _print(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+
+class _Bar:
+    """A rich progress bar."""
+
+    def __init__(self, cfg: RunConfig, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, TextColumn("{task.fields[words]}"), console=console)
+        self._task = self._progress.add_task(cfg.name, total=cfg.train.steps, words="starting")
+        self._progress.start()
+
+    def show(self, record: Record) -> None:
+        if isinstance(record, EvaluationRecord):
+            self._progress.console.print(_evaluation_line(record))
+        elif isinstance(record, StepRecord):
+            self._progress.update(self._task, completed=record.step, words=_step_words(record))
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def _step_words(record: StepRecord) -> str:
+    losses = list(record.adapters.values())
+    loss = f"loss {losses[0]:.4f}" if len(losses) == 1 else f"loss {min(losses):.4f}..{max(losses):.4f}"
+    skipped = "  NOT FINITE, skipped" if record.skipped else ""
+    return (
+        f"{loss}  rate {record.learning_rate:.3g}  {record.tokens_per_s:,.0f} tokens/s  "
+        f"{record.reduced_bytes:,} B reduced{skipped}"
+    )
+
+
+def _evaluation_line(record: EvaluationRecord) -> str:
+    scores = "  ".join(f"{name} {value:.4f}" for name, value in record.metrics.items())
+    return f"evaluation at step {record.step}  {record.adapter}  {record.split}  {scores}  ({record.seconds:.1f} s)"

@@ -1,0 +1,235 @@
+"""Records: the typed rows that a run, an evaluation and a benchmark leave behind, and their JSONL file.
+
+Computes nothing: what is measured is handed in. Loads without torch, so that a laptop can read a run's file.
+"""
+
+import datetime
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from peftscale import __version__, machine
+from peftscale.config import Frozen
+from peftscale.errors import DataError
+
+# What a number depends on. The pins of everything are constraints.txt.
+_PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "bitsandbytes", "datasets", "ray", "peft")
+
+
+class Row(Frozen):
+    """A frozen model whose JSON is valid, and reads back, also where a figure is not finite: "NaN" as text."""
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+
+class StepRecord(Row):
+    """One training step of the whole run. Byte figures are those of one rank."""
+
+    kind: Literal["step"] = "step"
+    step: int
+    """1 for the first."""
+    adapters: dict[str, float]
+    """Training loss of each adapter: mean over the target tokens of the global batch. Unit: nats."""
+    learning_rate: float
+    tokens: int
+    """Text and target tokens of the global batch, without padding and without virtual tokens."""
+    seconds: float
+    tokens_per_s: float
+    reduced_bytes: int
+    gathered_bytes: int
+    control_bytes: int
+    skipped: bool
+    """The loss or a gradient was not finite, and nothing was changed."""
+
+
+class EvaluationRecord(Row):
+    """One adapter on one split."""
+
+    kind: Literal["evaluation"] = "evaluation"
+    step: int
+    """Steps taken before it; 0 for the evaluation before the first one."""
+    adapter: str
+    split: str
+    metrics: dict[str, float]
+    seconds: float
+
+
+class Environment(Row):
+    """Where a number was measured: enough to measure it again."""
+
+    date: str
+    """UTC, ISO 8601."""
+    commit: str | None
+    """Of the package's own checkout, with `-dirty` where files differ from it. None without git."""
+    versions: dict[str, str]
+    """Of peftscale, Python and the packages that compute. What is not installed is left out."""
+    platform: str
+    processor: str
+    num_cpus: int
+    """That this process may use."""
+    memory_bytes: int
+    devices: tuple[str, ...]
+    """Names of the accelerators."""
+    num_threads: str | None
+    """OMP_NUM_THREADS as it is set."""
+
+
+class BenchRecord(Row):
+    """One benchmark: what was measured, beside what was predicted before it ran."""
+
+    kind: Literal["bench"] = "bench"
+    name: str
+    config_fingerprint: str | None
+    """`configio.fingerprint` of the resolved run file; None for a benchmark without one."""
+    step_s_quartiles: tuple[float, float, float] | None = None
+    measured: dict[str, int | float]
+    """Figures by name, the unit at the end of the name: peak_rank_bytes, tokens_per_s."""
+    planned: dict[str, int | float] = Field(default_factory=dict)
+    """The same names as far as they were predicted."""
+    environment: Environment
+
+    def line(self) -> str:
+        """The record as one line for a terminal, each prediction behind its measurement."""
+        parts = [self.name]
+        if self.step_s_quartiles is not None:
+            low, middle, high = self.step_s_quartiles
+            parts.append(f"step_s {middle:.4g} ({low:.4g}..{high:.4g})")
+        for name, value in self.measured.items():
+            plan = f" (plan {_figure(self.planned[name])})" if name in self.planned else ""
+            parts.append(f"{name} {_figure(value)}{plan}")
+        return "  ".join(parts)
+
+
+class Predicted(Row):
+    """What `plan` said before the run, under the names of the measured figures."""
+
+    reduced_bytes_per_step: int
+    gathered_bytes_per_step: int
+    control_bytes_per_step: int
+    peak_rank_bytes: int
+
+
+class AdapterSummary(Row):
+    """One adapter at the end of a run."""
+
+    dir: str
+    file_bytes: int
+    """Of adapter_model.safetensors."""
+    trainable_parameters: int
+    train_loss: float
+    before: dict[str, float]
+    """Metrics on the test split (validation where there is none) before the first step."""
+    after: dict[str, float]
+    """The same with the adapter that was kept as the best."""
+
+
+class RunSummary(Row):
+    """The one object of `train --json`. Bytes are those of one rank: medians over the training steps."""
+
+    name: str
+    world_size: int
+    sharding: str
+    packing: str
+    steps: int
+    seconds: float
+    tokens_per_s: float
+    reduced_bytes_per_step: int
+    gathered_bytes_per_step: int
+    control_bytes_per_step: int
+    peak_rank_bytes: int
+    predicted: Predicted
+    adapters: dict[str, AdapterSummary]
+
+
+Record = StepRecord | EvaluationRecord | BenchRecord
+_ROW: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
+
+
+def append(path: str | Path, record: Record) -> None:
+    """Add the record as one line of JSON and flush it, so that a killed run leaves whole lines.
+
+    Raises:
+        OSError: the disk is full or the folder is not there.
+    """
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(record.model_dump_json() + "\n")
+
+
+def read(path: str | Path) -> Iterator[Record]:
+    """The records of a file in their order. A last line without its end was cut by a kill and is left out.
+
+    Raises:
+        DataError: a line is no record; the message has its number.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            return
+        try:
+            yield parse(line)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise DataError(
+                f"{path}: line {number} is no record: {where}: {first['msg']}".replace(": :", ":")
+            ) from None
+
+
+def parse(line: str) -> Record:
+    """One line of a records file.
+
+    Raises:
+        pydantic.ValidationError: it is no record.
+    """
+    return _ROW.validate_json(line)
+
+
+def environment() -> Environment:
+    """This process's environment, by value. Imports no torch: the driver's files name the devices."""
+    versions = {"peftscale": __version__, "python": platform.python_version()}
+    versions |= {name: version for name in _PACKAGES if (version := version_of(name))}
+    return Environment(
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        commit=_commit(),
+        versions=versions,
+        platform=platform.platform(),
+        processor=machine.processor(),
+        num_cpus=machine.num_cpus(),
+        memory_bytes=machine.memory_bytes(),
+        devices=machine.accelerators(),
+        num_threads=os.environ.get("OMP_NUM_THREADS"),
+    )
+
+
+def version_of(package: str) -> str | None:
+    """Version of an installed package without importing it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this file belongs to; None when it is installed, or git is not there."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        # An environment may lie inside somebody else's repository, whose commit says nothing about us.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _figure(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"

@@ -1,0 +1,210 @@
+"""Checkpoints of a run: everything needed to go on as if nothing had happened, and nothing of the base.
+
+A checkpoint knows no world size: adapters and their moments are whole tensors, the data is a cursor into a global
+order. It is written by rank 0 into a directory that appears whole or not at all, with the sha256 of every file;
+loading scans from the newest to the oldest and says what it passed over. safetensors and JSON only: nothing is
+unpickled. What a user takes away is an adapter directory: `adapters.files`.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from peftscale.adapters import Cohort, directory
+from peftscale.data.batches import Cursor
+from peftscale.errors import CheckpointError
+from peftscale.train.optim import AdapterOptimizer
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+_MANIFEST, _STATE, _ADAPTERS, _MOMENTS = "manifest.json", "state.json", "adapters.safetensors", "optimizer.safetensors"
+
+
+@dataclass
+class AdapterProgress:
+    """Where one adapter stands, beside its tensors."""
+
+    cursor: Cursor
+    before: dict[str, float] = field(default_factory=dict)
+    """Metrics of the base without a prompt, on the split that is reported at the end."""
+    best: dict[str, float] = field(default_factory=dict)
+    """Metrics on the validation split of the rows kept as the best."""
+    best_step: int = -1
+    stale_evaluations: int = 0
+    """Evaluations in a row without a better first metric."""
+    nonfinite_steps: int = 0
+    """In a row."""
+    last_loss: float = float("nan")
+
+
+@dataclass
+class State:
+    """All that changes during a run."""
+
+    cohort: Cohort
+    optimizers: Mapping[str, AdapterOptimizer]
+    best_rows: dict[str, Tensor]
+    """(P, H) float32 copy of each adapter at its best evaluation."""
+    progress: dict[str, AdapterProgress]
+    step: int = 0
+    """Steps taken."""
+    num_skipped: int = 0
+    """Steps, over the whole run, in which an adapter was not updated."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a checkpoint must agree with to be continued, and what is only written down."""
+
+    base_digest: str
+    fingerprint: str
+    """Of the run file's keys that change the result."""
+    world_size: int
+    num_threads: int
+    config: dict[str, Any]
+
+
+def save_(state: State, root: Path, identity: Identity, *, keep: int) -> Path:
+    """Write a checkpoint of `state` under `root` and prune older ones. Rank 0 alone calls it.
+
+    Returns:
+        Its directory, root/step-N.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written. Older checkpoints are untouched.
+    """
+    tensors = {f"{name}.last": adapter.rows_PH.detach() for name, adapter in state.cohort.items()}
+    tensors |= {f"{name}.best": rows for name, rows in state.best_rows.items()}
+    moments = {f"{name}.{k}": v for name, optimizer in state.optimizers.items() for k, v in optimizer.state().items()}
+    files = {
+        _ADAPTERS: save({name: t.cpu().contiguous() for name, t in tensors.items()}),
+        _MOMENTS: save({name: t.cpu().contiguous() for name, t in moments.items()}),
+        _STATE: _json(
+            {
+                "step": state.step,
+                "num_skipped": state.num_skipped,
+                "progress": {name: asdict(progress) for name, progress in state.progress.items()},
+                "torch_rng": torch.random.get_rng_state().tolist(),
+                **asdict(identity),
+            }
+        ),
+    }
+    files[_MANIFEST] = _json(
+        {"format": FORMAT, "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}}
+    )
+    target = root / f"step-{state.step}"
+    try:
+        directory.write(target, files)
+    except OSError as error:
+        last = next((path for path in _newest_first(root) if path != target), None)
+        raise CheckpointError(
+            f"checkpoint {target} cannot be written: {error.strerror or error}. It needs "
+            f"{sum(map(len, files.values()))} bytes. The last good one is {last or 'none'}; make room and go on with --resume."
+        ) from error
+    for old in _newest_first(root)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def restore(state: State, root: Path, identity: Identity) -> Path | None:
+    """Bring `state` to the newest checkpoint under `root` that is whole. Every rank calls it.
+
+    Returns:
+        The checkpoint's directory, or None where there is none to go on from.
+
+    Raises:
+        CheckpointError: the newest whole checkpoint belongs to another base or another run file, or there are
+            checkpoints and none of them is whole.
+    """
+    candidates = _newest_first(root)
+    for path in candidates:
+        try:
+            files = _verified(path)
+        except CheckpointError as error:
+            log.warning("%s; trying the one before it", error)
+            continue
+        content = json.loads(files[_STATE])
+        _refuse_other_run(path, content, identity)
+        _take_over(state, content, load(files[_ADAPTERS]), load(files[_MOMENTS]))
+        return path
+    if candidates:
+        raise CheckpointError(
+            f"{root}: none of the {len(candidates)} checkpoint(s) is whole. Start a new run under another name."
+        )
+    return None
+
+
+def _take_over(
+    state: State, content: dict[str, Any], tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]
+) -> None:
+    state.step, state.num_skipped = content["step"], content["num_skipped"]
+    for name, saved in content["progress"].items():
+        cursor = Cursor(**saved.pop("cursor"))
+        state.progress[name] = AdapterProgress(cursor=cursor, **saved)
+        rows_PH = state.cohort[name].rows_PH
+        with torch.no_grad():
+            rows_PH.copy_(tensors[f"{name}.last"])
+        if f"{name}.best" in tensors:
+            state.best_rows[name] = tensors[f"{name}.best"].to(rows_PH.device)
+        own = {k.removeprefix(f"{name}."): v.to(rows_PH.device) for k, v in moments.items() if k.startswith(f"{name}.")}
+        state.optimizers[name].restore(own)
+    torch.random.set_rng_state(torch.tensor(content["torch_rng"], dtype=torch.uint8))
+
+
+def _refuse_other_run(path: Path, content: dict[str, Any], identity: Identity) -> None:
+    if content["base_digest"] != identity.base_digest:
+        raise CheckpointError(
+            f"{path} was written on base {content['base_digest']}, this base is {identity.base_digest}. "
+            f"Check base.model and base.revision."
+        )
+    if content["fingerprint"] != identity.fingerprint:
+        changed = _differences(content["config"], identity.config)
+        raise CheckpointError(
+            f"{path} belongs to another run file; changed since: {'; '.join(changed) or 'other keys'}. "
+            f"Undo the changes, or start a new run under another name."
+        )
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in sorted({*old, *new})
+            for line in _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+        ]
+    return [] if old == new else [f"{where} was {old!r}, now {new!r}"]
+
+
+def _newest_first(root: Path) -> list[Path]:
+    found = [(int(m[1]), p) for p in root.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _verified(path: Path) -> dict[str, bytes]:
+    """Every file of a checkpoint, read once and compared with the manifest."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_bytes())
+        is_known = manifest["format"] == FORMAT
+        hashes: dict[str, str] = manifest["sha256"]
+        files = {name: (path / name).read_bytes() for name in (_STATE, _ADAPTERS, _MOMENTS)}
+        wrong = [name for name, data in files.items() if hashlib.sha256(data).hexdigest() != hashes.get(name)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {path} is not whole ({type(error).__name__}: {error})") from error
+    if not is_known or wrong:
+        raise CheckpointError(f"checkpoint {path} is damaged ({', '.join(wrong) or 'unknown format'})")
+    return files
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True, default=str).encode()

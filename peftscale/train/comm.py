@@ -1,0 +1,235 @@
+"""Collectives of the training loop, and a byte counter over every collective of the process.
+
+The one gradient all-reduce lives here. The counter taps torch.distributed itself, before DeepSpeed caches its
+functions, so that nothing crosses ranks uncounted: weight gathers, our reduction, our control messages, and
+DeepSpeed's own trace checks are told apart. Parameter sharding is `base.shard`.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import wraps
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Kind = Literal["reduced", "gathered", "control", "checks"]
+
+_TAPPED = (
+    "all_reduce",
+    "reduce",
+    "broadcast",
+    "all_gather",
+    "all_gather_into_tensor",
+    "_all_gather_base",
+    "gather",
+    "scatter",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "_reduce_scatter_base",
+    "all_to_all",
+    "all_to_all_single",
+    "send",
+    "isend",
+    "recv",
+    "irecv",
+)
+_GATHERS = ("all_gather_into_tensor", "_all_gather_base")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One collective as this rank saw it."""
+
+    op: str
+    kind: Kind
+    num_bytes: int
+    tensor: Tensor
+    """The larger side: the output of a gather, the tensor of a reduction."""
+
+
+@dataclass
+class Traffic:
+    """Bytes by kind since the process began; subtract two snapshots."""
+
+    reduced: int = 0
+    gathered: int = 0
+    control: int = 0
+    checks: int = 0
+    """DeepSpeed's comparison of module traces between ranks, after the kind of pass changed."""
+
+    def since(self, earlier: "Traffic") -> "Traffic":
+        """The bytes between two snapshots."""
+        return Traffic(
+            self.reduced - earlier.reduced,
+            self.gathered - earlier.gathered,
+            self.control - earlier.control,
+            self.checks - earlier.checks,
+        )
+
+
+@dataclass
+class _Tap:
+    traffic: Traffic = field(default_factory=Traffic)
+    label: Kind | None = None
+    watchers: list[Callable[[Call], None]] = field(default_factory=list)
+    is_installed: bool = False
+
+
+_tap = _Tap()  # one a process, as torch.distributed itself
+
+
+def tap() -> None:
+    """Start counting. Must run before DeepSpeed is initialised; a second call does nothing."""
+    if _tap.is_installed:
+        return
+    _tap.is_installed = True
+    for name in _TAPPED:
+        original = getattr(dist, name, None)
+        if original is not None:
+            counted = _counted(name, original)
+            setattr(dist, name, counted)
+            setattr(dist.distributed_c10d, name, counted)  # its own helpers look names up there
+
+
+def _counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        largest = _largest((*args, *kwargs.values()))
+        if largest is not None:
+            kind: Kind = _tap.label or ("gathered" if name in _GATHERS else "checks")
+            setattr(_tap.traffic, kind, getattr(_tap.traffic, kind) + largest.nbytes)
+            for watcher in _tap.watchers:
+                watcher(Call(name, kind, largest.nbytes, largest))
+        return original(*args, **kwargs)
+
+    return call
+
+
+def _largest(values: Sequence[Any]) -> Tensor | None:
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    for value in values:
+        if isinstance(value, list | tuple):
+            tensors.extend(v for v in value if isinstance(v, Tensor))
+    return max(tensors, key=lambda tensor: tensor.nbytes, default=None)
+
+
+@contextmanager
+def watched(watcher: Callable[[Call], None]) -> Iterator[None]:
+    """Call `watcher` before every collective inside the block."""
+    _tap.watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _tap.watchers.remove(watcher)
+
+
+def traffic() -> Traffic:
+    """A snapshot of the counter."""
+    return Traffic(**vars(_tap.traffic))
+
+
+@contextmanager
+def _labelled(kind: Kind) -> Iterator[None]:
+    before, _tap.label = _tap.label, kind
+    try:
+        yield
+    finally:
+        _tap.label = before
+
+
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def reduce_(tensors: Sequence[Tensor]) -> None:
+    """Sum tensors over all ranks, in place, in one collective of exactly their bytes.
+
+    Args:
+        tensors: float32, the same shapes in the same order on every rank.
+    """
+    if world_size() == 1:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    with _labelled("reduced"):
+        dist.all_reduce(flat)
+    for tensor, piece in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(piece.view_as(tensor))
+
+
+def sum_(values: Tensor) -> Tensor:
+    """Sum a small control tensor over all ranks, in place. Returns it."""
+    if world_size() > 1:
+        with _labelled("control"):
+            dist.all_reduce(values)
+    return values
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """One picklable value of each rank, in rank order, on every rank. Not for training steps.
+
+    Ranks of one run trust each other: torch pickles the values.
+    """
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    with _labelled("control"):
+        dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+@contextmanager
+def session(
+    *, backend: str, timeout_s: float, rank: int | None = None, world: int | None = None, store: Path | None = None
+) -> Iterator[None]:
+    """A process group for the length of the block: the one that Ray made, a file's, or that of torchrun.
+
+    Args:
+        backend: 'gloo' or 'nccl'.
+        timeout_s: after which a collective that waits for a dead rank fails.
+        rank, world, store: a rendezvous file; left out, the environment variables of torchrun are read.
+    """
+    tap()
+    if dist.is_initialized():  # Ray made it and takes it down
+        yield
+        return
+    timeout = timedelta(seconds=timeout_s)
+    if store is not None:
+        assert rank is not None and world is not None
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))  # DeepSpeed reads them
+        dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group(backend, timeout=timeout)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def leave(code: int) -> None:
+    """End a rank that we started ourselves, at once: an ordinary interpreter exit aborted in 5 of 24 runs after
+    correct work, when gloo's threads outlived torch."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os._exit(code)

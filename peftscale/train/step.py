@@ -1,0 +1,112 @@
+"""One training step: passes through the frozen base, one gradient all-reduce, one update of every adapter.
+
+Every rank calls `run` with the same items and computes its own share. The loss of an adapter is the sum over its
+target tokens divided by their number on all ranks, so it depends neither on the number of ranks nor on how rows are
+put into passes. Which examples a step has is `data.batches`; when to evaluate or save is `train.worker`.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from peftscale.adapters import Cohort
+from peftscale.base.load import Base
+from peftscale.base.padded import Row, target_losses
+from peftscale.data.batches import Item, plan_passes
+from peftscale.train import comm
+from peftscale.train.comm import Traffic
+from peftscale.train.optim import AdapterOptimizer
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, the same on every rank but for `traffic`."""
+
+    losses: dict[str, float]
+    """Nats a target token, by adapter."""
+    skipped: tuple[str, ...]
+    """Adapters that were not updated, because their loss or gradient was not finite."""
+    learning_rate: float
+    num_passes: int
+    num_tokens: int
+    """Over all ranks: virtual tokens, inputs and targets, without padding."""
+    seconds: float
+    traffic: Traffic
+    """Bytes of this rank's collectives."""
+
+
+def rows_of(items: Sequence[Item], cohort: Mapping[str, object]) -> list[Row]:
+    """The rows of one pass; an item whose adapter is not in the cohort goes through the base alone."""
+    rows = []
+    for item in items:
+        adapter = cohort.get(item.adapter)
+        prompt = getattr(adapter, "rows_PH", None)
+        rows.append(Row(prompt, (*item.example.input_ids, *item.target_ids), len(item.target_ids)))
+    return rows
+
+
+def run(
+    base: Base,
+    cohort: Cohort,
+    optimizers: Mapping[str, AdapterOptimizer],
+    items: Sequence[Item],
+    *,
+    step: int,
+    microbatch_tokens: int,
+) -> StepResult:
+    """Train one step on `items`, of all adapters and all ranks."""
+    start, before = time.perf_counter(), comm.traffic()
+    losses = gradient(base, cohort, items, microbatch_tokens=microbatch_tokens)
+    skipped, rate = [], 0.0
+    for name, adapter in cohort.items():
+        gradients = [p.grad for p in adapter.parameters() if p.grad is not None]
+        # Loss and gradient are the same on every rank after the reductions, and so is this decision.
+        if torch.isfinite(losses[name]) and all(bool(torch.isfinite(g).all()) for g in gradients):
+            rate = optimizers[name].update(step)
+        else:
+            optimizers[name].clear()
+            skipped.append(name)
+    return StepResult(
+        losses={name: float(loss) for name, loss in losses.items()},
+        skipped=tuple(skipped),
+        learning_rate=rate,
+        num_passes=len(plan_passes(items, world=1, microbatch_tokens=microbatch_tokens)[0]),
+        num_tokens=sum(item.num_tokens for item in items),
+        seconds=time.perf_counter() - start,
+        traffic=comm.traffic().since(before),
+    )
+
+
+def gradient(base: Base, cohort: Cohort, items: Sequence[Item], *, microbatch_tokens: int) -> dict[str, torch.Tensor]:
+    """Leave the gradient of the global batch in every adapter, on every rank, and return the global losses.
+
+    Returns:
+        Adapter name -> loss, a float64 scalar on the CPU, in nats a target token.
+    """
+    num_targets = Counter[str]()
+    for item in items:
+        num_targets[item.adapter] += len(item.target_ids)
+    names = list(cohort)
+    totals_K = torch.zeros(len(names), dtype=torch.float64)
+    passes = plan_passes(items, world=comm.world_size(), microbatch_tokens=microbatch_tokens)[comm.rank()]
+    for of_pass in passes:
+        nll_M = target_losses(base, rows_of(of_pass, cohort))
+        if not of_pass:
+            nll_M.sum().backward()
+            continue
+        share_M = torch.tensor(
+            [1 / num_targets[item.adapter] for item in of_pass for _ in item.target_ids], device=nll_M.device
+        )
+        (nll_M * share_M).sum().backward()
+        parts = nll_M.detach().double().cpu().split([len(item.target_ids) for item in of_pass])
+        for item, part in zip(of_pass, parts, strict=True):
+            totals_K[names.index(item.adapter)] += part.sum() / num_targets[item.adapter]
+    for parameter in cohort.parameters():
+        if parameter.grad is None:  # this rank had no row of the adapter
+            parameter.grad = torch.zeros_like(parameter)
+    comm.reduce_([p.grad for p in cohort.parameters() if p.grad is not None])
+    totals_K = comm.sum_(totals_K.to(base.device)).cpu()
+    return dict(zip(names, totals_K, strict=True))

@@ -1,0 +1,134 @@
+"""Trained adapters at work: scored on a split, or asked about single rows. The base is loaded once for all of them.
+
+Training is `train.worker`; serving requests for days is another thing altogether.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftscale.adapters import SoftPrompt, files
+from peftscale.base import load as base_load
+from peftscale.base.load import Base
+from peftscale.config import RunConfig
+from peftscale.data import tasks
+from peftscale.data.rows import Split
+from peftscale.data.tasks import TaskData
+from peftscale.errors import AdapterError
+from peftscale.train import comm, evaluate
+from peftscale.train.worker import COLLECTIVE_TIMEOUT_S, make_plan, pick_device
+
+Note = Callable[[str], None]
+
+
+@dataclass
+class Opened:
+    """A base with adapters that fit it."""
+
+    base: Base
+    adapters: dict[str, SoftPrompt]
+    notes: list[str]
+    """What the user should know: 'base not verified'."""
+
+
+def scores(cfg: RunConfig, directories: Sequence[Path], split: Split) -> dict[str, Any]:
+    """Evaluate adapters, and the base without a prompt, on a split of the run file's task.
+
+    Returns:
+        {"split", "examples", "base": metrics, "adapters": {directory: {"metrics", "interval_95"?, "predictions"}},
+        "notes"}; `predictions` are labels or texts in the split's order.
+    """
+    with _session(cfg) as device:
+        opened = _open(cfg, directories, device)
+        task = _task(cfg, opened, splits=(split,))
+        examples = task.split(split)
+        results = evaluate.run(
+            opened.base,
+            opened.adapters,
+            task,
+            examples,
+            metrics=cfg.task.metrics,
+            microbatch_tokens=cfg.train.microbatch_tokens,
+            with_base_alone=True,
+        )
+        alone = results.pop(evaluate.BASE_ALONE)
+        return {
+            "split": split,
+            "examples": len(examples),
+            "base": alone.metrics,
+            "adapters": {
+                name: {"metrics": r.metrics, "predictions": _readable(r.predictions, task)}
+                for name, r in results.items()
+            },
+            "notes": opened.notes,
+        }
+
+
+def answers(cfg: RunConfig, directories: Sequence[Path], rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """What each adapter says to each row: the likeliest label, or a greedy continuation.
+
+    Args:
+        rows: the columns that task.input names.
+
+    Returns:
+        {"adapters": {directory: [answer, ...]}, "notes"}
+    """
+    with _session(cfg) as device:
+        opened = _open(cfg, directories, device)
+        task = tasks.from_rows(cfg.task, opened.base.tokenizer, rows, max_tokens=_room(opened))
+        results = evaluate.run(
+            opened.base,
+            opened.adapters,
+            task,
+            task.test,
+            metrics=(),
+            microbatch_tokens=cfg.train.microbatch_tokens,
+        )
+        found = {name: _readable(result.predictions, task) for name, result in results.items()}
+        return {"adapters": found, "notes": opened.notes}
+
+
+class _session:  # noqa: N801 - used as a context manager only
+    """Process group and device for the length of the block."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self._device = pick_device(cfg)
+        backend = "nccl" if self._device.type == "cuda" else "gloo"
+        self._group = comm.session(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_S)
+
+    def __enter__(self) -> torch.device:
+        self._group.__enter__()
+        return self._device
+
+    def __exit__(self, *error: Any) -> None:
+        self._group.__exit__(*error)
+
+
+def _open(cfg: RunConfig, directories: Sequence[Path], device: torch.device) -> Opened:
+    planned = make_plan(cfg, device)
+    base = base_load.load(cfg.base, sharding=planned.sharding, device=device)
+    adapters, notes = {}, []
+    for directory in directories:
+        adapter, info = files.load(directory, base_digest=base.digest, hidden_size=base.hidden_size)
+        adapters[str(directory)] = adapter.to(device)
+        if not info.base_is_verified:
+            notes.append(f"{directory}: base not verified (no peftscale.json beside the adapter)")
+    if not adapters:
+        raise AdapterError("no adapter given: name at least one directory with --adapter.")
+    return Opened(base, adapters, notes)
+
+
+def _room(opened: Opened) -> int | None:
+    positions = opened.base.max_positions
+    return None if positions is None else positions - max(a.length for a in opened.adapters.values())
+
+
+def _task(cfg: RunConfig, opened: Opened, *, splits: tuple[Split, ...]) -> TaskData:
+    return tasks.load(cfg.task, opened.base.tokenizer, max_tokens=_room(opened), splits=splits)
+
+
+def _readable(predictions: Sequence[int] | Sequence[str], task: TaskData) -> list[str]:
+    return [task.labels[p] if isinstance(p, int) else p for p in predictions]
