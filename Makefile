@@ -22,7 +22,6 @@ BIN := .venv/bin
 	touch $@
 
 quickstart: .venv/.installed
-	$(BIN)/peftscale train configs/quickstart.yaml
 	$(BIN)/python launch/quickstart.py
 
 # One thread a process: two ranks on two cores, and sums in the same order everywhere.

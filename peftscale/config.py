@@ -26,7 +26,7 @@ class BaseConfig(Frozen):
     """The frozen language model."""
 
     model: str
-    """A directory with config.json, tokenizer and safetensors, or a hub id. A path is taken relative to the run file."""
+    """A directory with config.json, tokenizer and safetensors (taken relative to the run file), or a hub id."""
     revision: str = "main"
     """Branch, tag or commit of a hub id. Not used for a directory."""
     quantization: Quantization
@@ -159,7 +159,7 @@ class TrainConfig(Frozen):
     clip_norm: PositiveFloat | None = None
     """Largest L2 norm of one adapter's gradient."""
     evaluate_every: PositiveInt
-    """Steps between evaluations on the validation split. There is always one before the first step and one at the end."""
+    """Steps between evaluations on the validation split. There is one before the first step and one at the end too."""
     checkpoint_every: PositiveInt
     """Steps between checkpoints. There is always one at the end."""
     keep_checkpoints: PositiveInt = 2

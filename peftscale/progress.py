@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from peftscale.config import RunConfig
 from peftscale.errors import ConfigError
-from peftscale.records import EvaluationRecord, Record, StepRecord, parse
+from peftscale.records import EvaluationRecord, NoteRecord, Record, StepRecord, parse
 
 _POLL_S = 0.1
 _LINE_EVERY_S = 2.0
@@ -65,7 +65,7 @@ def _follow(path: Path, at: int, sinks: list[Sink], stop: threading.Event) -> No
         at += len(whole) + len(newline)
         for line in whole.splitlines():
             try:
-                record = parse(line)
+                record = parse(line.decode())
             except ValidationError:
                 continue  # not ours to judge: `records.read` does
             for sink in sinks:
@@ -82,9 +82,17 @@ def _sinks(cfg: RunConfig, run_dir: Path, *, show: bool) -> tuple[list[Sink], li
         close.append(view.close)
     for name in cfg.track:
         tracker = _tracker(name, cfg, run_dir)
-        sinks.append(lambda record, tracker=tracker: tracker.log(_values(record), step=getattr(record, "step", 0)))
+        sinks.append(_feeding(tracker))
         close.append(tracker.finish)
     return sinks, close
+
+
+def _feeding(tracker: Any) -> Sink:
+    def feed(record: Record) -> None:
+        if values := _values(record):
+            tracker.log(values, step=getattr(record, "step", 0))
+
+    return feed
 
 
 def _tracker(name: str, cfg: RunConfig, run_dir: Path) -> Any:
@@ -136,8 +144,8 @@ class _Lines:
 
     def show(self, record: Record) -> None:
         now = time.monotonic()
-        if isinstance(record, EvaluationRecord):
-            self._print(_evaluation_line(record))
+        if isinstance(record, EvaluationRecord | NoteRecord):
+            self._print(_line(record))
         elif isinstance(record, StepRecord):
             first_step, first_s = self._first = self._first or (record.step, now)
             if record.step == self._steps or now - self._last_s >= _LINE_EVERY_S or record.skipped:
@@ -163,8 +171,8 @@ class _Bar:
         self._progress.start()
 
     def show(self, record: Record) -> None:
-        if isinstance(record, EvaluationRecord):
-            self._progress.console.print(_evaluation_line(record))
+        if isinstance(record, EvaluationRecord | NoteRecord):
+            self._progress.console.print(_line(record))
         elif isinstance(record, StepRecord):
             self._progress.update(self._task, completed=record.step, words=_step_words(record))
 
@@ -182,6 +190,8 @@ def _step_words(record: StepRecord) -> str:
     )
 
 
-def _evaluation_line(record: EvaluationRecord) -> str:
+def _line(record: EvaluationRecord | NoteRecord) -> str:
+    if isinstance(record, NoteRecord):
+        return f"note at step {record.step}: {record.text}"
     scores = "  ".join(f"{name} {value:.4f}" for name, value in record.metrics.items())
     return f"evaluation at step {record.step}  {record.adapter}  {record.split}  {scores}  ({record.seconds:.1f} s)"

@@ -38,7 +38,7 @@ class StepRecord(Row):
     """Training loss of each adapter: mean over the target tokens of the global batch. Unit: nats."""
     learning_rate: float
     tokens: int
-    """Text and target tokens of the global batch, without padding and without virtual tokens."""
+    """Input and target tokens of the global batch, without padding and without virtual tokens."""
     seconds: float
     tokens_per_s: float
     reduced_bytes: int
@@ -78,6 +78,14 @@ class Environment(Row):
     """Names of the accelerators."""
     num_threads: str | None
     """OMP_NUM_THREADS as it is set."""
+
+
+class NoteRecord(Row):
+    """What a person who watches the run should know: a checkpoint that was taken over or passed over, texts cut."""
+
+    kind: Literal["note"] = "note"
+    step: int
+    text: str
 
 
 class BenchRecord(Row):
@@ -147,7 +155,7 @@ class RunSummary(Row):
     adapters: dict[str, AdapterSummary]
 
 
-Record = StepRecord | EvaluationRecord | BenchRecord
+Record = StepRecord | EvaluationRecord | NoteRecord | BenchRecord
 _ROW: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
 
 

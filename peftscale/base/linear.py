@@ -154,7 +154,8 @@ class Nf4FrozenLinear(BlobLinear):
             offset=tail[-1],
             state2=nested,
         )
-        return dequantize_4bit(blob[:packed].view(-1, 1), state)
+        weight_OI: Tensor = dequantize_4bit(blob[:packed].view(-1, 1), state)
+        return weight_OI
 
 
 def build(rows: int, cols: int, *, bias: bool, compute_dtype: torch.dtype, quantization: Quantization) -> FrozenLinear:

@@ -39,7 +39,6 @@ class Base:
     device: torch.device
     compute_dtype: torch.dtype
     is_sharded: bool
-    checkpoint_activations: bool
 
     @property
     def hidden_size(self) -> int:
@@ -58,7 +57,9 @@ class Base:
         return None if limit is None else int(limit)
 
     def embedding_rows(self, ids: Tensor) -> Tensor:
-        """Input embeddings of ids, as the model makes them (Gemma scales them). Collective when the base is sharded: same `ids` on every rank.
+        """Input embeddings of ids, as the model makes them (Gemma scales them).
+
+        Collective when the base is sharded: every rank calls it with the same `ids`.
 
         Args:
             ids: (N,) token ids.
@@ -89,7 +90,7 @@ def resolve(model: str, revision: str, *, with_weights: bool) -> Path:
     if directory.is_dir():
         return directory
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "tokenizer*", "*.model", "*.txt"] + (["*.safetensors"] if with_weights else [])
     try:
@@ -101,8 +102,16 @@ def resolve(model: str, revision: str, *, with_weights: bool) -> Path:
         ) from error
 
 
-def load(cfg: BaseConfig, *, sharding: Literal["replicated", "world"], device: torch.device) -> Base:
+def load(
+    cfg: BaseConfig, *, sharding: Literal["replicated", "world"], device: torch.device, prefetch_elements: int = 0
+) -> Base:
     """Load and freeze a base. With sharding 'world' every rank calls it, after `torch.distributed` is up.
+
+    Args:
+        cfg: the run file's section.
+        sharding: what the plan decided.
+        device: of this rank.
+        prefetch_elements: of the plan; storage elements that may be gathered ahead of use.
 
     Raises:
         ModelError: the model cannot be read, packed or sharded; the message names the key and the tensor.
@@ -116,8 +125,16 @@ def load(cfg: BaseConfig, *, sharding: Literal["replicated", "world"], device: t
     )
     packed = PackedBase(directory)
     packed.check(skeleton, cfg.quantization, pack.config_sha256(model_dir))
-    _materialise(skeleton, packed, is_sharded=sharding == "world", device=device)
-    _prepare(skeleton, is_sharded=sharding == "world", device=device, checkpoint=cfg.checkpoint_activations)
+    is_sharded = sharding == "world"
+    _materialise(skeleton, packed, is_sharded=is_sharded, device=device)
+    _prepare(skeleton.model, device=device)
+    if is_sharded:
+        from peftscale.base import shard
+
+        shard.attach(skeleton.model, skeleton.blocks, prefetch_elements=prefetch_elements)
+    if cfg.checkpoint_activations:
+        skeleton.model.activation_checkpointing_enable({"use_reentrant": False})
+    skeleton.model.train()  # transformers checkpoints in train mode only
     return Base(
         model=skeleton.model,
         tokenizer=load_tokenizer(model_dir),
@@ -126,8 +143,7 @@ def load(cfg: BaseConfig, *, sharding: Literal["replicated", "world"], device: t
         revision=cfg.revision,
         device=device,
         compute_dtype=compute_dtype,
-        is_sharded=sharding == "world",
-        checkpoint_activations=cfg.checkpoint_activations,
+        is_sharded=is_sharded,
     )
 
 
@@ -203,29 +219,19 @@ def _filled(
 
         piece = shard.partition(init, parameter)
     host = piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu", pin_memory=True)
-    packed.read_into(name, rank * piece.nbytes, memoryview(host.flatten().view(torch.uint8).numpy()))
+    packed.read_into(name, rank * piece.nbytes, pack.raw_bytes(host))
     if host is not piece:
         piece.copy_(host)
     return parameter
 
 
-def _prepare(skeleton: Skeleton, *, is_sharded: bool, device: torch.device, checkpoint: bool) -> None:
-    """Buffers to the device, dropout out, hooks in, checkpointing on."""
-    model = skeleton.model
+def _prepare(model: PreTrainedModel, *, device: torch.device) -> None:
+    """Buffers to the device (DeepSpeed leaves those of a model that is sharded already), dropout out, no cache."""
     for name, buffer in list(model.named_buffers()):
         module_name, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module_name), leaf, buffer.to(device))
     _remove_dropout(model)
     model.config.use_cache = False
-    if is_sharded:
-        from peftscale.base import shard
-
-        # On a GPU the next block is fetched while this one computes; on CPU nothing would overlap.
-        block = max(sum(p.ds_numel for p in b.parameters()) for b in skeleton.blocks)  # type: ignore[attr-defined,misc]
-        shard.attach(model, skeleton.blocks, prefetch_elements=block if device.type == "cuda" else 0)
-    if checkpoint:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    model.train()
 
 
 def _remove_dropout(model: nn.Module) -> None:

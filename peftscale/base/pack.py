@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from filelock import FileLock
@@ -186,7 +186,7 @@ def write(
             for entry in skeleton.entries:
                 original = source.read(names[entry.source])
                 hashes[entry.source] = _sha256(original)
-                file.write(_bytes(_packed(original, entry, quantization)))
+                file.write(raw_bytes(_packed(original, entry, quantization)))
                 progress(entry.name)
             file.flush()
             os.fsync(file.fileno())
@@ -253,12 +253,14 @@ def _write_header(file: BinaryIO, entries: tuple[Entry, ...]) -> None:
     file.write(len(text).to_bytes(8, "little") + text)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU; of its own storage, to be written to, where it is contiguous."""
+    flat: Any = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def _sha256(tensor: Tensor) -> str:
     """Of dtype, shape and bytes, so that a cast or a reshape is another base."""
     hasher = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    hasher.update(_bytes(tensor))
+    hasher.update(raw_bytes(tensor))
     return hasher.hexdigest()

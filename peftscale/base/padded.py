@@ -4,7 +4,7 @@ The reference path: exact for every decoder-only family, because a causal model 
 Logits are made at target positions only, so that a large vocabulary costs nothing for tokens without a loss.
 Every rank must make the same number of passes; one that has no rows left makes an empty pass.
 
-Shapes:  N rows   P virtual tokens   T text tokens   S longest row   H hidden size   M targets of all rows   V vocabulary
+Shapes:  N rows   P virtual tokens   T text tokens   S longest row   H hidden size   M target tokens   V vocabulary
 """
 
 from collections.abc import Sequence
@@ -77,7 +77,7 @@ def generate(base: Base, rows: Sequence[Row], *, max_new_tokens: int) -> list[li
     ).long()
     eos = base.tokenizer.eos_token_id
     with torch.no_grad():
-        ids_NT = base.model.generate(  # type: ignore[operator]
+        ids_NT = base.model.generate(
             inputs_embeds=padded_NSH,
             attention_mask=mask_NS,
             max_new_tokens=max_new_tokens,
@@ -108,7 +108,7 @@ def _embed(base: Base, rows: Sequence[Row]) -> tuple[Tensor, list[int]]:
 
 
 def _logits_at(base: Base, embeds_NSH: Tensor, at_M: Tensor) -> Tensor:
-    """Logits (M, V) at flat positions of (N, S). The head sees only those; scaling and caps of the model act as ever."""
+    """Logits (M, V) at flat positions of (N, S). The head sees only those; the model's own scaling and caps still act."""
 
     def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden_NSH = args[0]

@@ -26,6 +26,8 @@ import deepspeed.ops  # noqa: E402
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # noqa: E402
 from deepspeed.utils import set_z3_leaf_modules  # noqa: E402
 
+from peftscale.base.pack import raw_bytes  # noqa: E402
+
 
 def _config(*, prefetch_elements: int) -> dict[str, Any]:
     return {
@@ -98,7 +100,7 @@ def held_bytes(model: nn.Module) -> int:
 def gathered_bytes(model: nn.Module) -> int:
     """Bytes of weights that are gathered, or on their way, at this moment. 0 between passes."""
     return sum(
-        parameter.ds_numel * parameter.element_size()
+        getattr(parameter, "ds_numel", 0) * parameter.element_size()
         for parameter in model.parameters()
         if getattr(parameter, "ds_status", ZeroParamStatus.NOT_AVAILABLE) is not ZeroParamStatus.NOT_AVAILABLE
     )
@@ -109,5 +111,5 @@ def live_digest(model: nn.Module) -> str:
     hasher = hashlib.sha256()
     for name, tensor in (*((n, held(p)) for n, p in model.named_parameters()), *model.named_buffers()):
         hasher.update(name.encode())
-        hasher.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        hasher.update(raw_bytes(tensor.cpu()))
     return hasher.hexdigest()

@@ -3,7 +3,7 @@
 Decides what is quantised, what stays dense and what is refused. It reads no weight: `base.pack` and
 `base.load` do.
 
-Rules: every `nn.Linear` and GPT-2's `Conv1D` becomes a `FrozenLinear`, the output head excepted;
+Rules: every `nn.Linear` and GPT-2's `Conv1D` becomes a `FrozenLinear`; the output head becomes a dense one;
 embeddings, norms, biases and other vectors stay dense in the compute dtype; any other matrix (fused
 experts, for example) is refused by name, because leaving it dense in silence would break the plan.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -56,7 +57,7 @@ def read_config(model_dir: Path) -> PretrainedConfig:
     """
     try:
         return AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ModelError(
             f"base.model={model_dir}: transformers cannot read its config.json ({_first_line(error)}). "
             f"Give a directory of a decoder-only model that this version of transformers knows."
@@ -84,7 +85,7 @@ def build(config: PretrainedConfig, *, quantization: Quantization, compute_dtype
     try:
         # Parameters on meta, buffers (rotary frequencies) real: they are computed by the constructor.
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype)
     except (ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"base.model={where}: transformers cannot build a causal language model from its config "
@@ -121,18 +122,22 @@ def _refuse_other_matrices(model: PreTrainedModel, where: str) -> None:
     if wrong:
         raise ModelError(
             f"base.model={where}: {len(wrong)} weight(s) of {type(model).__name__} are neither nn.Linear nor Conv1D "
-            f"and would stay unquantised, for example {wrong[0]}. Fused experts are not supported; choose a dense model."
+            f"and would stay unquantised, for example {wrong[0]}. Fused experts are not supported: choose a dense model."
         )
 
 
 def _freeze_linears(
     model: PreTrainedModel, quantization: Quantization, compute_dtype: torch.dtype
 ) -> dict[str, tuple[str, tuple[int, ...], bool]]:
-    """Replace each linear by its frozen form; return module name -> (source, source shape, transposed)."""
+    """Replace each linear by its frozen form; return module name -> (source, source shape, transposed), the dense
+    head left out."""
     head = model.get_output_embeddings()
     sources = {}
     for module_name, module in list(model.named_modules()):
-        if module is head or not isinstance(module, nn.Linear | Conv1D):
+        if not isinstance(module, nn.Linear | Conv1D):
+            continue
+        if module is head:
+            model.set_submodule(module_name, _frozen_head(module, compute_dtype))
             continue
         shape = tuple(module.weight.shape)
         transposed = isinstance(module, Conv1D)
@@ -142,6 +147,20 @@ def _freeze_linears(
         model.set_submodule(module_name, frozen)
         sources[module_name] = (f"{module_name}.weight", shape, transposed)
     return sources
+
+
+def _frozen_head(head: nn.Linear, compute_dtype: torch.dtype) -> linear.FrozenLinear:
+    """The head over its own parameters, which may be the embedding's. `nn.Linear` keeps a view of its weight for
+    backward, which holds the gathered head on every rank from its forward to its backward."""
+    frozen = linear.build(
+        head.out_features,
+        head.in_features,
+        bias=head.bias is not None,
+        compute_dtype=compute_dtype,
+        quantization="none",
+    )
+    frozen.weight, frozen.bias = head.weight, head.bias
+    return frozen
 
 
 def _entries(

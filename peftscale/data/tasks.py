@@ -126,7 +126,11 @@ def load(
 
 
 def from_rows(
-    task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", columns: Sequence[Mapping[str, str]], *, max_tokens: int | None
+    task: TaskConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    columns: Sequence[Mapping[str, str]],
+    *,
+    max_tokens: int | None,
 ) -> TaskData:
     """Rows without an answer, to be classified or continued: the test split of the result.
 
@@ -230,6 +234,8 @@ def _choices(
     with each other, and with the own target of every example, all examples share one tuple. A row where only the words
     of another label would differ then has them as they are behind every other row.
     """
+    if not texts:  # a split that the task does not have: `TaskData.split` says so
+        return []
     probes = range(0, len(texts), max(1, len(texts) // _NUM_PROBES))
 
     def behind(places: Sequence[int]) -> list[tuple[Ids, ...]]:

@@ -25,26 +25,26 @@ class Template:
             undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=_no_missing_value
         )
         try:
-            self._names = meta.find_undeclared_variables(env.parse(source))
+            self.names: frozenset[str] = frozenset(meta.find_undeclared_variables(env.parse(source)))
             self._template = env.from_string(source)
         except jinja2.TemplateError as error:
             raise ConfigError(f"{key}: not a Jinja template: {error} (in {source!r}).") from error
         self._globals = frozenset(env.globals)
 
-    def used(self, columns: Sequence[str], *, where: str) -> set[str]:
+    def used(self, columns: Sequence[str], *, where: str) -> frozenset[str]:
         """The columns that the template reads.
 
         Raises:
             DataError: it names one that `columns` lacks.
         """
-        for name in sorted(self._names - set(columns)):
+        for name in sorted(self.names - set(columns)):
             close = difflib.get_close_matches(name, columns, n=1, cutoff=0.6)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise DataError(
                 f"{self.key}: unknown column {name!r}{hint} The columns of {where} are {', '.join(map(repr, columns))}."
             )
         # a column called `range` or `dict` is a column, not Jinja's function of that name
-        return self._names | (self._globals & set(columns))
+        return self.names | (self._globals & set(columns))
 
     def render(self, row: Mapping[str, Any], *, where: str, index: int) -> str:
         """The text of one row.

@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class AdapterProgress:
     """Evaluations in a row without a better first metric."""
     nonfinite_steps: int = 0
     """In a row."""
-    last_loss: float = float("nan")
+    last_loss: float | None = None
 
 
 @dataclass
@@ -110,15 +110,22 @@ def save_(state: State, root: Path, identity: Identity, *, keep: int) -> Path:
         last = next((path for path in _newest_first(root) if path != target), None)
         raise CheckpointError(
             f"checkpoint {target} cannot be written: {error.strerror or error}. It needs "
-            f"{sum(map(len, files.values()))} bytes. The last good one is {last or 'none'}; make room and go on with --resume."
+            f"{sum(map(len, files.values()))} bytes. The last good one is {last or 'none'}. "
+            f"Make room and go on with --resume."
         ) from error
     for old in _newest_first(root)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
 
-def restore(state: State, root: Path, identity: Identity) -> Path | None:
+def restore(state: State, root: Path, identity: Identity, *, note: Callable[[str], None] = log.warning) -> Path | None:
     """Bring `state` to the newest checkpoint under `root` that is whole. Every rank calls it.
+
+    Args:
+        state: as the run began; changed in place.
+        root: the run's checkpoints.
+        identity: of this run.
+        note: told of every checkpoint that is passed over, and why.
 
     Returns:
         The checkpoint's directory, or None where there is none to go on from.
@@ -132,7 +139,7 @@ def restore(state: State, root: Path, identity: Identity) -> Path | None:
         try:
             files = _verified(path)
         except CheckpointError as error:
-            log.warning("%s; trying the one before it", error)
+            note(f"{error}; trying the one before it")
             continue
         content = json.loads(files[_STATE])
         _refuse_other_run(path, content, identity)

@@ -190,6 +190,11 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
+def backend_for(device: torch.device) -> str:
+    """nccl between GPUs, gloo between CPUs."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
 def barrier() -> None:
     """Wait for every rank."""
     if world_size() > 1:

@@ -38,6 +38,12 @@ class PeakMemory:
             return torch.cuda.max_memory_allocated(self._device) - self._before
         return max(self._highest, _private_bytes()) - self._before
 
+    def held_bytes(self) -> int:
+        """At this moment, over what the process held when the measurement began."""
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device) - self._before
+        return _private_bytes() - self._before
+
     def close(self) -> None:
         """End the sampling."""
         self._stop.set()

@@ -30,9 +30,8 @@ class StepResult:
     skipped: tuple[str, ...]
     """Adapters that were not updated, because their loss or gradient was not finite."""
     learning_rate: float
-    num_passes: int
     num_tokens: int
-    """Over all ranks: virtual tokens, inputs and targets, without padding."""
+    """Inputs and targets over all ranks, without padding and without virtual tokens."""
     seconds: float
     traffic: Traffic
     """Bytes of this rank's collectives."""
@@ -73,8 +72,7 @@ def run(
         losses={name: float(loss) for name, loss in losses.items()},
         skipped=tuple(skipped),
         learning_rate=rate,
-        num_passes=len(plan_passes(items, world=1, microbatch_tokens=microbatch_tokens)[0]),
-        num_tokens=sum(item.num_tokens for item in items),
+        num_tokens=sum(item.num_tokens - item.prompt_length for item in items),
         seconds=time.perf_counter() - start,
         traffic=comm.traffic().since(before),
     )

@@ -3,7 +3,8 @@
 Training is `train.worker`; serving requests for days is another thing altogether.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,6 @@ from peftscale.errors import AdapterError
 from peftscale.train import comm, evaluate
 from peftscale.train.worker import COLLECTIVE_TIMEOUT_S, make_plan, pick_device
 
-Note = Callable[[str], None]
-
 
 @dataclass
 class Opened:
@@ -38,7 +37,7 @@ def scores(cfg: RunConfig, directories: Sequence[Path], split: Split) -> dict[st
     """Evaluate adapters, and the base without a prompt, on a split of the run file's task.
 
     Returns:
-        {"split", "examples", "base": metrics, "adapters": {directory: {"metrics", "interval_95"?, "predictions"}},
+        {"split", "examples", "base": metrics, "adapters": {directory: {"metrics", "predictions"}},
         "notes"}; `predictions` are labels or texts in the split's order.
     """
     with _session(cfg) as device:
@@ -91,25 +90,19 @@ def answers(cfg: RunConfig, directories: Sequence[Path], rows: Sequence[Mapping[
         return {"adapters": found, "notes": opened.notes}
 
 
-class _session:  # noqa: N801 - used as a context manager only
-    """Process group and device for the length of the block."""
-
-    def __init__(self, cfg: RunConfig) -> None:
-        self._device = pick_device(cfg)
-        backend = "nccl" if self._device.type == "cuda" else "gloo"
-        self._group = comm.session(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_S)
-
-    def __enter__(self) -> torch.device:
-        self._group.__enter__()
-        return self._device
-
-    def __exit__(self, *error: Any) -> None:
-        self._group.__exit__(*error)
+@contextmanager
+def _session(cfg: RunConfig) -> Iterator[torch.device]:
+    """A process group for the length of the block, and this rank's device."""
+    device = pick_device(cfg)
+    with comm.session(backend=comm.backend_for(device), timeout_s=COLLECTIVE_TIMEOUT_S):
+        yield device
 
 
 def _open(cfg: RunConfig, directories: Sequence[Path], device: torch.device) -> Opened:
     planned = make_plan(cfg, device)
-    base = base_load.load(cfg.base, sharding=planned.sharding, device=device)
+    base = base_load.load(
+        cfg.base, sharding=planned.sharding, device=device, prefetch_elements=planned.prefetch_elements
+    )
     adapters, notes = {}, []
     for directory in directories:
         adapter, info = files.load(directory, base_digest=base.digest, hidden_size=base.hidden_size)

@@ -22,6 +22,7 @@ from peftscale.base.load import Base
 from peftscale.config import RunConfig
 from peftscale.data import tasks
 from peftscale.data.batches import Cursor, Item, plan_passes, training_items
+from peftscale.data.rows import Split
 from peftscale.data.tasks import TaskData
 from peftscale.errors import ConfigError, TrainingError
 from peftscale.plan import Plan
@@ -55,24 +56,36 @@ class Job:
     def run_dir(self) -> Path:
         return self.cfg.run_dir
 
+    @property
+    def reported_split(self) -> Split:
+        """What the summary's before and after are measured on."""
+        return "test" if self.task.test else "validation"
+
 
 def main(cfg: RunConfig, report: Report = lambda step: None) -> records.RunSummary:
     """Train the cohort of a run file from its start or its last checkpoint. The same summary on every rank."""
     device = pick_device(cfg)
-    with comm.session(backend="nccl" if device.type == "cuda" else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S):
+    with comm.session(backend=comm.backend_for(device), timeout_s=COLLECTIVE_TIMEOUT_S):
+        if comm.world_size() > 1:
+            from peftscale.base import shard  # noqa: F401 - DeepSpeed's own hundred megabytes are not the base's
         with memory.measured(device) as peak:
-            job = open_job(cfg, device, peak, report)
-            return train(job)
+            return train(open_job(cfg, device, peak, report))
 
 
 def open_job(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, report: Report) -> Job:
-    """Load everything and take over the newest checkpoint, if there is one."""
+    """Load everything and take over the newest checkpoint, if there is one.
+
+    Raises:
+        ConfigError: the run does not fit this world.
+        PeftscaleError: the base, the data, an adapter's start or a checkpoint cannot be used.
+    """
     planned = make_plan(cfg, device)
-    base = base_load.load(cfg.base, sharding=planned.sharding, device=device)
-    longest = max(adapter.length for adapter in cfg.adapters.values())
-    task = tasks.load(
-        cfg.task, base.tokenizer, max_tokens=None if base.max_positions is None else base.max_positions - longest
+    base = base_load.load(
+        cfg.base, sharding=planned.sharding, device=device, prefetch_elements=planned.prefetch_elements
     )
+    longest = max(adapter.length for adapter in cfg.adapters.values())
+    room = None if base.max_positions is None else base.max_positions - longest
+    task = tasks.load(cfg.task, base.tokenizer, max_tokens=room)
     cohort = adapters.build(cfg, base)
     state = State(
         cohort=cohort,
@@ -83,10 +96,28 @@ def open_job(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, repo
     identity = Identity(
         base.digest, configio.fingerprint(cfg), comm.world_size(), torch.get_num_threads(), configio.dump(cfg)
     )
-    checkpoint.restore(state, cfg.run_dir / CHECKPOINTS, identity)
     passes, tokens = _typical_passes(cfg, cohort, task)
     planned = make_plan(cfg, device, passes_per_step=passes, tokens_per_pass=tokens)
-    return Job(cfg, base, task, state, planned, identity, peak, report)
+    job = Job(cfg, base, task, state, planned, identity, peak, report)
+    _begin(job)
+    return job
+
+
+def _begin(job: Job) -> None:
+    """Take over the newest checkpoint, and say what should be known before the first step."""
+    found = checkpoint.restore(job.state, job.run_dir / CHECKPOINTS, job.identity, note=lambda text: _note(job, text))
+    if found is not None:
+        _note(job, f"goes on from {found.name}")
+        return
+    if job.task.num_cut:
+        _note(job, f"{job.task.num_cut} inputs lost their first tokens to task.max_text_tokens")
+    if job.task.num_seams:
+        _note(job, f"{job.task.num_seams} targets do not join their input: does task.input end in a blank?")
+
+
+def _note(job: Job, text: str) -> None:
+    if comm.rank() == 0:
+        records.append(job.run_dir / METRICS, records.NoteRecord(step=job.state.step, text=text))
 
 
 def train(job: Job) -> records.RunSummary:
@@ -123,7 +154,7 @@ def save(job: Job) -> None:
             for name, adapter in job.state.cohort.items():
                 _save_adapter(job, name, "last", adapter.rows_PH, job.state.step)
                 _save_adapter(job, name, "best", job.state.best_rows[name], job.state.progress[name].best_step)
-        except Exception as error:  # noqa: BLE001 - every rank must leave together, whatever it was
+        except Exception as error:  # every rank must leave together, whatever it was
             failure = error
     failure = comm.gather_objects(failure)[0]
     if failure is not None:
@@ -216,7 +247,7 @@ def _is_over(job: Job) -> bool:
 
 def _evaluate_before(job: Job) -> None:
     """The base without any prompt, on the split that the summary reports."""
-    split = "test" if job.task.test else "validation"
+    split = job.reported_split
     result = evaluate.run(
         job.base,
         {},
@@ -285,7 +316,7 @@ def _save_adapter(job: Job, name: str, which: str, rows_PH: torch.Tensor, at_ste
 
 def _finish(job: Job, seconds: float) -> records.RunSummary:
     """Score the best adapters on the reported split and sum the run up."""
-    state, split = job.state, "test" if job.task.test else "validation"
+    state, split = job.state, job.reported_split
     best = {name: adapters.SoftPrompt(rows) for name, rows in state.best_rows.items()}
     after = evaluate.run(
         job.base,
@@ -334,7 +365,7 @@ def _summary(job: Job, after: dict[str, dict[str, float]], seconds: float) -> re
                 dir=str(job.run_dir / ADAPTERS / name / "best"),
                 file_bytes=files.expected_bytes(adapter.length, adapter.hidden_size),
                 trainable_parameters=sum(p.numel() for p in adapter.parameters()),
-                train_loss=state.progress[name].last_loss,
+                train_loss=state.progress[name].last_loss or 0.0,
                 before=state.progress[name].before,
                 after=after[name],
             )

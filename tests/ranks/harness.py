@@ -15,21 +15,29 @@ from peftscale.train import comm
 TIMEOUT_S = 60
 
 
-def run_ranks(work: Callable[..., Any], world: int, tmp: Path, *args: Any) -> list[Any]:
+def run_ranks(
+    work: Callable[..., Any],
+    world: int,
+    tmp: Path,
+    *args: Any,
+    start_method: str = "forkserver",
+    timeout_s: float = TIMEOUT_S,
+) -> list[Any]:
     """Call `work(*args)` on every rank of a process group; return what each rank returned, in rank order.
 
     `work` is a function of a test module; its result must be picklable. A rank that raises fails the test with its
-    traceback; a rank that hangs is ended by the collectives' time-out.
+    traceback; a rank that hangs is ended by the collectives' time-out, `timeout_s`. A benchmark of memory asks for
+    `start_method` 'spawn': a forked process starts with its parent's pages.
     """
     tmp.mkdir(parents=True, exist_ok=True)
     # A fork server imports torch, transformers and DeepSpeed once: a rank starts in a tenth of a second, not in five.
     multiprocessing.set_forkserver_preload(["peftscale.train.worker", "peftscale.base.shard"])
     context = mp.start_processes(
-        _rank, args=(world, tmp, work, args), nprocs=world, join=False, start_method="forkserver"
+        _rank, args=(world, tmp, timeout_s, work, args), nprocs=world, join=False, start_method=start_method
     )
     failed = None
     try:
-        while not context.join(timeout=TIMEOUT_S * 2):
+        while not context.join(timeout=timeout_s * 2):
             pass
     except Exception as error:
         failed = error
@@ -41,10 +49,10 @@ def run_ranks(work: Callable[..., Any], world: int, tmp: Path, *args: Any) -> li
     return [torch.load(tmp / f"result-{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def _rank(rank: int, world: int, tmp: Path, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(rank: int, world: int, tmp: Path, timeout_s: float, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     try:
-        with comm.session(backend="gloo", timeout_s=TIMEOUT_S, rank=rank, world=world, store=tmp / "store"):
+        with comm.session(backend="gloo", timeout_s=timeout_s, rank=rank, world=world, store=tmp / "store"):
             torch.save(work(*args), tmp / f"result-{rank}.pt")
             comm.leave(0)
     except Exception:
