@@ -5,10 +5,11 @@ Exit codes: 0 done, 2 the user's input is wrong (one message, no traceback), 1 t
 Nothing heavy is imported before a command runs: `peftscale --help` answers at once.
 """
 
-import json
 import sys
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -24,7 +25,7 @@ app = typer.Typer(
 )
 
 RunFile = Annotated[Path, typer.Argument(help="The run file, for example configs/quickstart.yaml.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes: train.steps=100")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes: train.steps=100")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Adapters = Annotated[
     list[Path] | None,
@@ -32,7 +33,23 @@ Adapters = Annotated[
 ]
 
 
+def _names_its_run_file(command: Callable[..., None]) -> Callable[..., None]:
+    """Put the run file in front of a message that does not name it: a script may run many."""
+
+    @wraps(command)
+    def named(run_file: Path, **options: object) -> None:
+        try:
+            command(run_file=run_file, **options)
+        except PeftscaleError as error:
+            if str(run_file) in str(error):
+                raise
+            raise type(error)(f"{run_file}: {error}") from error
+
+    return named
+
+
 @app.command()
+@_names_its_run_file
 def train(
     run_file: RunFile,
     overrides: Overrides = None,
@@ -45,14 +62,19 @@ def train(
     from peftscale import configio, driver, report
 
     cfg = configio.load(run_file, [*(overrides or []), *([f"name={resume}"] if resume else [])])
-    summary = driver.run(cfg, resume=resume is not None)
+    try:
+        summary = driver.run(cfg, resume=resume is not None)
+    except KeyboardInterrupt:
+        report.note(f"stopped; go on with: peftscale train {run_file} --resume {cfg.name}")
+        raise typer.Exit(1) from None
     if as_json:
-        _print_json(summary.model_dump(mode="json"))
+        report.show_json(summary.model_dump(mode="json"))
     else:
         report.show(report.summary_table(summary))
 
 
 @app.command()
+@_names_its_run_file
 def plan(
     run_file: RunFile,
     overrides: Overrides = None,
@@ -73,7 +95,7 @@ def plan(
         for machine in machines
     ]
     if as_json:
-        _print_json({"plans": [item.model_dump(mode="json") for item in plans]})
+        report.show_json({"plans": [item.model_dump(mode="json") for item in plans]})
     else:
         report.show(planning.table(plans))
     if not all(item.fits for item in plans):
@@ -81,6 +103,7 @@ def plan(
 
 
 @app.command()
+@_names_its_run_file
 def evaluate(
     run_file: RunFile,
     overrides: Overrides = None,
@@ -96,14 +119,15 @@ def evaluate(
     cfg = configio.load(run_file, overrides or [])
     result = driver.evaluate(cfg, driver.adapter_dirs(cfg, adapter), split)
     for note in result["notes"]:
-        print(note, file=sys.stderr)
+        report.note(note)
     if as_json:
-        _print_json(result)
+        report.show_json(result)
     else:
         report.show(report.scores_table(result))
 
 
 @app.command()
+@_names_its_run_file
 def generate(
     run_file: RunFile,
     overrides: Overrides = None,
@@ -121,9 +145,9 @@ def generate(
     rows = driver.input_rows(cfg, text or [], row or [])
     result = driver.generate(cfg, driver.adapter_dirs(cfg, adapter), rows)
     for note in result["notes"]:
-        print(note, file=sys.stderr)
+        report.note(note)
     if as_json:
-        _print_json(result)
+        report.show_json(result)
     else:
         report.show(report.answers_table(rows, result))
 
@@ -136,12 +160,13 @@ def inspect(adapter: Annotated[Path, typer.Argument(help="An adapter directory."
 
     found = files.describe(adapter).model_dump(mode="json")
     if as_json:
-        _print_json(found)
+        report.show_json(found)
     else:
         report.show(report.facts_table(str(adapter), found))
 
 
 @app.command()
+@_names_its_run_file
 def pack(
     run_file: RunFile,
     overrides: Overrides = None,
@@ -154,7 +179,7 @@ def pack(
 
     found = load.pack_ahead(configio.load(run_file, overrides or []).base, out)
     if as_json:
-        _print_json(found)
+        report.show_json(found)
     else:
         report.show(report.facts_table("packed base", found))
 
@@ -162,9 +187,9 @@ def pack(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of run files, for editors."""
-    from peftscale import configio
+    from peftscale import configio, report
 
-    _print_json(configio.schema())
+    report.show_json(configio.schema())
 
 
 @app.command()
@@ -199,9 +224,6 @@ def main() -> None:
     except TrainingError as error:
         print(f"the run failed: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped; go on with --resume", file=sys.stderr)
-        sys.exit(1)
 
 
 def _config_dir(model: str, revision: str) -> Path:
@@ -212,7 +234,3 @@ def _config_dir(model: str, revision: str) -> Path:
     from peftscale.base import load
 
     return load.resolve(model, revision, with_weights=False)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))

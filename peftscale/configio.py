@@ -145,7 +145,9 @@ def _broken(error: yaml.YAMLError) -> str:
     fault = getattr(error, "problem", None) or _first_line(error)
     context = getattr(error, "context", None)
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
-    return f"broken YAML: {where}{fault}" + (f" ({context})" if context else "")
+    begun = getattr(error, "context_mark", None)
+    since = f" begun in line {begun.line + 1}" if begun is not None else ""
+    return f"broken YAML: {where}{fault}" + (f" ({context}{since})" if context else "")
 
 
 def _first_line(error: Exception) -> str:

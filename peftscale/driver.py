@@ -4,6 +4,7 @@ Ray starts the workers, restarts a dead group, and carries the result back; chec
 worker does is `train.worker` and `train.use`.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftscale import configio, errors, machine, progress
+from peftscale import configio, errors, machine, progress, records
 from peftscale.config import RunConfig
 from peftscale.errors import AdapterError, CheckpointError, ClusterError, ConfigError, PeftscaleError, TrainingError
 from peftscale.records import RunSummary
@@ -38,14 +39,14 @@ def run(cfg: RunConfig, *, resume: bool = False, show: bool = True) -> RunSummar
     is_main = int(os.environ.get("RANK", "0")) == 0 or cfg.cluster.workers > 0
     if cfg.cluster.workers > 0:
         _check_resources(cfg)  # before anything is written
-    if is_main:
-        _open_run_dir(cfg, resume=resume)
+    made = _open_run_dir(cfg, resume=resume) if is_main else []
     try:
         with progress.followed(cfg.run_dir / METRICS, cfg, show=show and is_main):
             return RunSummary.model_validate(_work(cfg, "train", {}))
     except PeftscaleError:
-        if is_main and not resume and not (cfg.run_dir / "checkpoints").exists():
+        if made and not any((cfg.run_dir / "checkpoints").glob("step-*")):
             shutil.rmtree(cfg.run_dir, ignore_errors=True)  # the name stays free for the corrected run
+            _remove_empty(made)
         raise
 
 
@@ -135,14 +136,17 @@ def _answers(cfg: RunConfig, payload: dict[str, Any]) -> dict[str, Any]:
 _TASKS = {"train": _train, "scores": _scores, "answers": _answers}
 
 
-def _open_run_dir(cfg: RunConfig, *, resume: bool) -> None:
+def _open_run_dir(cfg: RunConfig, *, resume: bool) -> list[Path]:
+    """Make a new run's directory, or look for an old one's. Returns the directories that were made, innermost first."""
     if resume:
         if not (cfg.run_dir / "run.json").exists():
             known = sorted(p.parent.name for p in cfg.cluster.storage.glob("*/run.json"))
             raise CheckpointError(
                 f"--resume {cfg.name}: no such run in {cfg.cluster.storage}; there is {', '.join(known) or 'none'}."
             )
-        return
+        records.mend(cfg.run_dir / METRICS)
+        return []
+    made = [path for path in (cfg.run_dir, *cfg.run_dir.parents) if not path.exists()]
     try:
         cfg.run_dir.mkdir(parents=True)
         (cfg.run_dir / "run.json").write_text(cfg.model_dump_json(indent=1))
@@ -152,7 +156,21 @@ def _open_run_dir(cfg: RunConfig, *, resume: bool) -> None:
             f"Choose another with name=..., or go on with --resume {cfg.name}."
         ) from None
     except OSError as error:
-        raise ConfigError(f"cluster.storage={cfg.cluster.storage} cannot be written: {error.strerror}.") from error
+        shutil.rmtree(cfg.run_dir, ignore_errors=True)
+        _remove_empty(made)
+        raise ConfigError(
+            f"cluster.storage={cfg.cluster.storage} cannot be written: {error.strerror}. Choose another directory, or "
+            f"make room."
+        ) from error
+    return made
+
+
+def _remove_empty(directories: Sequence[Path]) -> None:
+    """Remove directories, innermost first, up to the first that is gone or holds something."""
+    with contextlib.suppress(OSError):
+        for directory in directories:
+            if directory.exists():
+                directory.rmdir()
 
 
 def _check_resources(cfg: RunConfig) -> None:
@@ -182,6 +200,8 @@ def _run_with_ray(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[st
     started_here = not ray.is_initialized()
     if started_here:
         _start_ray(ray)
+    # A new name each time: Ray resumes what it finds under an old one, and the state to resume is ours.
+    own = cfg.cluster.storage / ".ray" / f"{task}-{uuid.uuid4().hex[:8]}"
     try:
         resources = ray.cluster_resources()
         _refuse_too_much(cfg, resources.get("CPU", 0), resources.get("GPU", 0), "the Ray cluster")
@@ -197,10 +217,9 @@ def _run_with_ray(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[st
                     **({"GPU": cfg.cluster.gpus_per_worker} if use_gpu else {}),
                 },
             ),
-            # A new name each time: Ray resumes what it finds under an old one, and the state to resume is ours.
             run_config=RayRunConfig(
-                name=f"{task}-{uuid.uuid4().hex[:8]}",
-                storage_path=str(cfg.cluster.storage / ".ray"),
+                name=own.name,
+                storage_path=str(own.parent),
                 failure_config=FailureConfig(max_failures=cfg.cluster.retries),
             ),
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
@@ -209,6 +228,8 @@ def _run_with_ray(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[st
     finally:
         if started_here:
             ray.shutdown()
+        shutil.rmtree(own, ignore_errors=True)  # a marker of Ray's; nothing of ours
+        _remove_empty([own.parent])
 
 
 def _fit(trainer: Any) -> dict[str, Any]:
@@ -217,6 +238,8 @@ def _fit(trainer: Any) -> dict[str, Any]:
     try:
         value: dict[str, Any] = trainer.fit().return_value
         return value
+    except SystemExit as stop:  # Ray's own answer to Ctrl-C
+        raise KeyboardInterrupt from stop
     except TrainingFailedError as error:
         failures = getattr(error, "worker_failures", {})
         causes = [f"rank {rank}: {_last_line(cause)}" for rank, cause in sorted(failures.items())]

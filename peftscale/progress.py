@@ -10,12 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from peftscale.config import RunConfig
 from peftscale.errors import ConfigError
@@ -75,15 +77,15 @@ def _follow(path: Path, at: int, sinks: list[Sink], stop: threading.Event) -> No
 def _sinks(cfg: RunConfig, run_dir: Path, *, show: bool) -> tuple[list[Sink], list[Callable[[], None]]]:
     sinks: list[Sink] = []
     close: list[Callable[[], None]] = []
-    if show:
-        console = Console(stderr=True)
-        view = _Bar(cfg, console) if console.is_terminal else _Lines(cfg)
-        sinks.append(view.show)
-        close.append(view.close)
     for name in cfg.track:
         tracker = _tracker(name, cfg, run_dir)
         sinks.append(_feeding(tracker))
         close.append(tracker.finish)
+    if show:  # last, because a bar takes the terminal over until it is closed
+        console = Console(stderr=True)
+        view = _Bar(cfg, console) if console.is_terminal else _Lines(cfg)
+        sinks.append(view.show)
+        close.append(view.close)
     return sinks, close
 
 
@@ -103,7 +105,7 @@ def _tracker(name: str, cfg: RunConfig, run_dir: Path) -> Any:
     tracker_class = LOGGER_TYPE_TO_CLASS[name]
     try:
         tracker = (
-            tracker_class(cfg.name, logging_dir=str(run_dir))
+            tracker_class(name, logging_dir=str(run_dir))  # into <run>/<tracker>
             if tracker_class.requires_logging_directory
             else tracker_class(cfg.name)
         )
@@ -151,7 +153,8 @@ class _Lines:
             if record.step == self._steps or now - self._last_s >= _LINE_EVERY_S or record.skipped:
                 self._last_s = now
                 done = record.step - first_step
-                left = f"  {(now - first_s) / done * (self._steps - record.step):.0f} s left" if done else ""
+                seconds = (now - first_s) / done * (self._steps - record.step) if done else None
+                left = "" if seconds is None else f"  {timedelta(seconds=round(seconds))} left"
                 self._print(f"step {record.step}/{self._steps}  {_step_words(record)}{left}")
 
     def close(self) -> None:
@@ -161,23 +164,35 @@ class _Lines:
         print(line, file=sys.stderr, flush=True)
 
 
-class _Bar:
-    """A rich progress bar."""
+class _Bar(Progress):
+    """A bar, and a line of figures below it: side by side they would not fit 80 columns."""
 
     def __init__(self, cfg: RunConfig, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, TextColumn("{task.fields[words]}"), console=console)
-        self._task = self._progress.add_task(cfg.name, total=cfg.train.steps, words="starting")
-        self._progress.start()
+        self._words = "starting"
+        super().__init__(
+            TextColumn("{task.description}  step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+        )
+        self._task = self.add_task(cfg.name, total=cfg.train.steps)
+        self.start()
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self._words)
 
     def show(self, record: Record) -> None:
         if isinstance(record, EvaluationRecord | NoteRecord):
-            self._progress.console.print(_line(record))
+            self.console.print(Text(_line(record)), soft_wrap=True)
         elif isinstance(record, StepRecord):
-            self._progress.update(self._task, completed=record.step, words=_step_words(record))
+            self._words = _step_words(record)
+            self.update(self._task, completed=record.step)
 
     def close(self) -> None:
-        self._progress.stop()
+        self.stop()
 
 
 def _step_words(record: StepRecord) -> str:

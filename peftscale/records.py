@@ -169,6 +169,16 @@ def append(path: str | Path, record: Record) -> None:
         file.write(record.model_dump_json() + "\n")
 
 
+def mend(path: str | Path) -> None:
+    """Cut off a last line without its end, which a kill or a full disk left, so that rows can be added again."""
+    path = Path(path)
+    if path.is_file():
+        content = path.read_bytes()
+        num_whole = content.rfind(b"\n") + 1
+        if num_whole < len(content):
+            os.truncate(path, num_whole)
+
+
 def read(path: str | Path) -> Iterator[Record]:
     """The records of a file in their order. A last line without its end was cut by a kill and is left out.
 

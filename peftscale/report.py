@@ -1,5 +1,11 @@
-"""Tables for the terminal, on standard error. Numbers are made elsewhere."""
+"""What a command prints: tables on standard error, one JSON object on standard output. Numbers are made elsewhere.
 
+Of the ranks that torchrun starts only the first prints.
+"""
+
+import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +17,20 @@ from peftscale.records import RunSummary
 
 def show(content: RenderableType) -> None:
     """Print on standard error."""
-    Console(stderr=True).print(content)
+    if _is_first_rank():
+        Console(stderr=True).print(content)
+
+
+def show_json(value: Mapping[str, Any]) -> None:
+    """Print as the one JSON object of a command, on standard output."""
+    if _is_first_rank():
+        print(json.dumps(value, indent=1))
+
+
+def note(line: str) -> None:
+    """Print one line of text on standard error as it is: no markup, no breaks."""
+    if _is_first_rank():
+        print(line, file=sys.stderr)
 
 
 def summary_table(summary: RunSummary) -> Table:
@@ -66,3 +85,7 @@ def facts_table(title: str, values: Mapping[str, Any]) -> Table:
     for key, value in values.items():
         table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
     return table
+
+
+def _is_first_rank() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from peftscale.base import pack
+from peftscale.base import host_memory, pack
 from peftscale.base.pack import PackedBase
 from peftscale.base.skeleton import Skeleton, build, read_config
 from peftscale.config import BaseConfig
@@ -116,10 +116,12 @@ def load(
     Raises:
         ModelError: the model cannot be read, packed or sharded; the message names the key and the tensor.
     """
+    host_memory.return_freed()
     model_dir = resolve(cfg.model, cfg.revision, with_weights=cfg.pack_dir is None)
     compute_dtype: torch.dtype = getattr(torch, cfg.compute_dtype)
     config = read_config(model_dir)
     skeleton = build(config, quantization=cfg.quantization, compute_dtype=compute_dtype, where=cfg.model)
+    tokenizer = load_tokenizer(model_dir)  # before hours of packing
     directory = cfg.pack_dir or pack.ensure(
         model_dir, skeleton, quantization=cfg.quantization, compute_dtype=compute_dtype
     )
@@ -137,7 +139,7 @@ def load(
     skeleton.model.train()  # transformers checkpoints in train mode only
     return Base(
         model=skeleton.model,
-        tokenizer=load_tokenizer(model_dir),
+        tokenizer=tokenizer,
         digest=packed.digest,
         name=cfg.model,
         revision=cfg.revision,
@@ -153,6 +155,7 @@ def pack_ahead(cfg: BaseConfig, out: Path | None) -> dict[str, str | int]:
     Raises:
         ModelError: as `load`, or `out` exists.
     """
+    host_memory.return_freed()
     model_dir = resolve(cfg.model, cfg.revision, with_weights=True)
     compute_dtype: torch.dtype = getattr(torch, cfg.compute_dtype)
     config = read_config(model_dir)
@@ -164,7 +167,8 @@ def pack_ahead(cfg: BaseConfig, out: Path | None) -> dict[str, str | int]:
     else:
         directory = out.absolute()
         source, config_sha256 = pack.SafetensorsSource(model_dir), pack.config_sha256(model_dir)
-        pack.write(skeleton, source, directory, quantization=cfg.quantization, config_sha256=config_sha256)
+        with pack.writable(directory):
+            pack.write(skeleton, source, directory, quantization=cfg.quantization, config_sha256=config_sha256)
     packed = PackedBase(directory)
     return {
         "directory": str(directory),
@@ -234,15 +238,19 @@ def _prepare(model: PreTrainedModel, *, device: torch.device) -> None:
     model.config.use_cache = False
 
 
-def _remove_dropout(model: nn.Module) -> None:
-    """A frozen base is deterministic: transformers checkpoints only in train mode, where dropout would act."""
+def _remove_dropout(model: PreTrainedModel) -> None:
+    """A frozen base is deterministic: transformers checkpoints only in train mode, where dropout would act.
+
+    Families keep their rates in `nn.Dropout`, in numbers of a module (starcoder2's residual_dropout) or read them
+    from the config in every pass (falcon).
+    """
     num_changed = 0
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            module.p, num_changed = 0.0, num_changed + 1
-        for name in ("attention_dropout", "dropout", "hidden_dropout", "activation_dropout", "layerdrop"):
-            if isinstance(getattr(module, name, None), float) and getattr(module, name) > 0:
-                setattr(module, name, 0.0)
+    for holder in (*model.modules(), model.config, model.config.get_text_config()):
+        if isinstance(holder, nn.Dropout) and holder.p > 0:
+            holder.p, num_changed = 0.0, num_changed + 1
+        for name, value in list(vars(holder).items()):
+            if "drop" in name and isinstance(value, float) and value > 0:
+                setattr(holder, name, 0.0)
                 num_changed += 1
     if num_changed:
         log.info("dropout is left out in %d places of the frozen base", num_changed)

@@ -14,7 +14,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -23,6 +24,8 @@ import torch
 from filelock import FileLock
 from safetensors import safe_open
 from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from peftscale import facts
 from peftscale.base.linear import pack_weight
@@ -144,17 +147,34 @@ def ensure(model_dir: Path, skeleton: Skeleton, *, quantization: Quantization, c
     directory = cache_dir() / key
     if (directory / MANIFEST).exists():
         return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{directory}.lock"):
-        if not (directory / MANIFEST).exists():
-            write(
-                skeleton,
-                SafetensorsSource(model_dir),
-                directory,
-                quantization=quantization,
-                config_sha256=config_sha256(model_dir),
-            )
+    with writable(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{directory}.lock"):
+            if not (directory / MANIFEST).exists():
+                write(
+                    skeleton,
+                    SafetensorsSource(model_dir),
+                    directory,
+                    quantization=quantization,
+                    config_sha256=config_sha256(model_dir),
+                )
     return directory
+
+
+@contextmanager
+def writable(directory: Path) -> Iterator[None]:
+    """Say, of a disk that is full or closed, what was to be written there and where else it may go.
+
+    Raises:
+        ModelError: instead of OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(
+            f"the packed base cannot be written to {directory}: {error.strerror or error}. Make room, or choose "
+            f"another place: the environment variable PEFTSCALE_CACHE, or `peftscale pack --out` and base.pack_dir."
+        ) from error
 
 
 def config_sha256(model_dir: Path) -> str:
@@ -214,12 +234,14 @@ def _packed(original: Tensor, entry: Entry, quantization: Quantization) -> Tenso
 
 
 def _match_names(skeleton: Skeleton, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """Model name -> checkpoint name; a checkpoint may lack or add the base model's prefix."""
-    prefix = f"{skeleton.model.base_model_prefix}."
+    """Model name -> checkpoint name. A checkpoint may lack or add the base model's prefix, and some families have other
+    names on disk than in memory (the head of Pythia is embed_out): transformers knows which."""
+    renamings = [t for t in get_model_conversion_mapping(skeleton.model) if isinstance(t, WeightRenaming)]
+    prefix, known = skeleton.model.base_model_prefix or None, {entry.source: True for entry in skeleton.entries}
+    on_disk = {rename_source_key(name, renamings, [], prefix, known)[0]: name for name in shapes}
     names = {}
     for entry in skeleton.entries:
-        candidates = (entry.source, entry.source.removeprefix(prefix), prefix + entry.source)
-        found = next((name for name in candidates if name in shapes), None)
+        found = on_disk.get(entry.source)
         if found is None:
             raise ModelError(
                 f"the base's weights have no tensor {entry.source} of shape {entry.source_shape}; "

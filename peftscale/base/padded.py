@@ -108,7 +108,7 @@ def _embed(base: Base, rows: Sequence[Row]) -> tuple[Tensor, list[int]]:
 
 
 def _logits_at(base: Base, embeds_NSH: Tensor, at_M: Tensor) -> Tensor:
-    """Logits (M, V) at flat positions of (N, S). The head sees only those; the model's own scaling and caps still act."""
+    """Logits (M, V) at flat positions of (N, S). The head sees only those; the model's scaling and caps still act."""
 
     def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden_NSH = args[0]

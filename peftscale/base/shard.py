@@ -11,6 +11,7 @@ on CPU, because the defaults (counted in elements) gather a small model whole fr
 import hashlib
 import logging
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -18,13 +19,16 @@ from torch import Tensor, nn
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import: without it DeepSpeed probes for devices
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
-import deepspeed  # noqa: E402
-import deepspeed.comm  # noqa: E402
-import deepspeed.ops  # noqa: E402
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus  # noqa: E402
-from deepspeed.utils import set_z3_leaf_modules  # noqa: E402
+import deepspeed
+import deepspeed.comm
+import deepspeed.ops
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.utils import set_z3_leaf_modules
+
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it writes to standard output, and resets this at its import
+# DeepSpeed's own call, which the pinned torch still serves.
+warnings.filterwarnings("ignore", message="`torch.distributed.all_gather_into_tensor` is deprecated")
 
 from peftscale.base.pack import raw_bytes  # noqa: E402
 

@@ -17,6 +17,7 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from peftscale.base import linear
@@ -74,13 +75,18 @@ def build(config: PretrainedConfig, *, quantization: Quantization, compute_dtype
         where: the model as the user named it, for messages.
 
     Raises:
-        ModelError: encoder-decoder, no stack of blocks found, or matrices that are neither a Linear,
+        ModelError: encoder or encoder-decoder, no stack of blocks found, or matrices that are neither a Linear,
             a Conv1D nor an Embedding.
     """
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             f"base.model={where}: {config.model_type} is an encoder-decoder model; only decoder-only models can be "
             f"trained so far. `peftscale plan` works for it."
+        )
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise ModelError(  # transformers would build it, and each token would see those behind it, its target too
+            f"base.model={where}: {config.model_type} is an encoder, whose tokens see the ones behind them; its "
+            f"config.json does not say is_decoder. Give a decoder-only model."
         )
     try:
         # Parameters on meta, buffers (rotary frequencies) real: they are computed by the constructor.
@@ -113,16 +119,17 @@ def _blocks(model: PreTrainedModel, config: PretrainedConfig, where: str) -> nn.
 def _refuse_other_matrices(model: PreTrainedModel, where: str) -> None:
     known = (nn.Linear, Conv1D, nn.Embedding)
     wrong = [
-        f"{module_name}.{name} {tuple(parameter.shape)}"
+        (parameter.numel(), f"{module_name}.{name} {tuple(parameter.shape)}")
         for module_name, module in model.named_modules()
         if not isinstance(module, known)
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.dim() > 1
     ]
     if wrong:
+        _, largest = max(wrong, key=lambda found: found[0])
         raise ModelError(
             f"base.model={where}: {len(wrong)} weight(s) of {type(model).__name__} are neither nn.Linear nor Conv1D "
-            f"and would stay unquantised, for example {wrong[0]}. Fused experts are not supported: choose a dense model."
+            f"and would stay unquantised, for example {largest}. Fused experts are not supported; take a dense model."
         )
 
 
@@ -178,4 +185,5 @@ def _entries(
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    lines = [line.strip() for line in (str(error).strip() or type(error).__name__).splitlines()]
+    return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])[:300]

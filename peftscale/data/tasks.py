@@ -209,12 +209,12 @@ def _check_labels(labels: dict[str, str], found: Sequence[str], *, where: str, i
     if unknown:
         value = unknown[0][0]
         close = difflib.get_close_matches(value, labels, n=1) or [key for key in labels if key.strip() == value.strip()]
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = f"Did you mean {close[0]!r}?" if close else "Add it to task.labels, or correct the rows."
         listed = ", ".join(f"{value!r} ({count} times)" for value, count in unknown[:_NUM_SHOWN])
         more = f" and {len(unknown) - _NUM_SHOWN} more" if len(unknown) > _NUM_SHOWN else ""
         raise DataError(
             f"{where}: task.target renders {listed}{more}, first in row {list(found).index(value)} (counted from 0); "
-            f"the keys of task.labels are {', '.join(map(repr, labels))}.{hint}"
+            f"the keys of task.labels are {', '.join(map(repr, labels))}. {hint}"
         )
     absent = [key for key in labels if key not in counts]
     if is_train and absent:

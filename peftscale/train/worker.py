@@ -24,7 +24,7 @@ from peftscale.data import tasks
 from peftscale.data.batches import Cursor, Item, plan_passes, training_items
 from peftscale.data.rows import Split
 from peftscale.data.tasks import TaskData
-from peftscale.errors import ConfigError, TrainingError
+from peftscale.errors import CheckpointError, ConfigError, TrainingError
 from peftscale.plan import Plan
 from peftscale.train import checkpoint, comm, evaluate, memory, step
 from peftscale.train.checkpoint import AdapterProgress, Identity, State
@@ -51,6 +51,8 @@ class Job:
     memory: memory.PeakMemory
     report: Report
     results: list[StepResult] = field(default_factory=list)
+    unwritten: OSError | None = None
+    """Why a row of the metrics could not be written."""
 
     @property
     def run_dir(self) -> Path:
@@ -105,6 +107,8 @@ def open_job(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, repo
 
 def _begin(job: Job) -> None:
     """Take over the newest checkpoint, and say what should be known before the first step."""
+    if comm.rank() == 0:
+        records.mend(job.run_dir / METRICS)
     found = checkpoint.restore(job.state, job.run_dir / CHECKPOINTS, job.identity, note=lambda text: _note(job, text))
     if found is not None:
         _note(job, f"goes on from {found.name}")
@@ -116,13 +120,24 @@ def _begin(job: Job) -> None:
 
 
 def _note(job: Job, text: str) -> None:
+    _record(job, records.NoteRecord(step=job.state.step, text=text))
+
+
+def _record(job: Job, row: records.Record) -> None:
+    """Append a row to the metrics, on rank 0. A disk that is full is told at the next checkpoint, to every rank."""
     if comm.rank() == 0:
-        records.append(job.run_dir / METRICS, records.NoteRecord(step=job.state.step, text=text))
+        try:
+            records.append(job.run_dir / METRICS, row)
+        except OSError as error:
+            job.unwritten = job.unwritten or error
 
 
 def train(job: Job) -> records.RunSummary:
     """The loop."""
     cfg, state, start = job.cfg, job.state, time.perf_counter()
+    ended = job.run_dir / SUMMARY
+    if ended.exists():  # a run that had ended is resumed: its figures stand
+        return records.RunSummary.model_validate_json(ended.read_text())
     if state.step == 0:
         _evaluate_before(job)
         _evaluate(job)
@@ -147,19 +162,35 @@ def train(job: Job) -> records.RunSummary:
 
 def save(job: Job) -> None:
     """Write a checkpoint and the best adapters; every rank learns whether rank 0 could."""
+
+    def write() -> None:
+        checkpoint.save_(job.state, job.run_dir / CHECKPOINTS, job.identity, keep=job.cfg.train.keep_checkpoints)
+        for name, adapter in job.state.cohort.items():
+            _save_adapter(job, name, "last", adapter.rows_PH, job.state.step)
+            _save_adapter(job, name, "best", job.state.best_rows[name], job.state.progress[name].best_step)
+
+    _write_on_rank_0(job, write)
+    job.report(job.state.step)
+
+
+def _write_on_rank_0(job: Job, write: Callable[[], object]) -> None:
+    """Call `write` on rank 0. What it raises every rank raises: one that leaves alone lets the others wait."""
     failure: Exception | None = None
     if comm.rank() == 0:
         try:
-            checkpoint.save_(job.state, job.run_dir / CHECKPOINTS, job.identity, keep=job.cfg.train.keep_checkpoints)
-            for name, adapter in job.state.cohort.items():
-                _save_adapter(job, name, "last", adapter.rows_PH, job.state.step)
-                _save_adapter(job, name, "best", job.state.best_rows[name], job.state.progress[name].best_step)
-        except Exception as error:  # every rank must leave together, whatever it was
+            write()
+            if job.unwritten is not None:
+                raise job.unwritten
+        except OSError as error:
+            failure = CheckpointError(
+                f"{job.run_dir} cannot be written: {error.strerror or error}. The last checkpoint is kept; make room "
+                f"and go on with --resume {job.cfg.name}."
+            )
+        except Exception as error:
             failure = error
     failure = comm.gather_objects(failure)[0]
     if failure is not None:
         raise failure
-    job.report(job.state.step)
 
 
 def pick_device(cfg: RunConfig) -> torch.device:
@@ -216,20 +247,19 @@ def _book(job: Job, result: StepResult) -> None:
         progress.last_loss = result.losses[name]
         progress.nonfinite_steps = progress.nonfinite_steps + 1 if name in result.skipped else 0
     state.num_skipped += bool(result.skipped)
-    if comm.rank() == 0:
-        row = records.StepRecord(
-            step=state.step,
-            adapters=result.losses,
-            learning_rate=result.learning_rate,
-            tokens=result.num_tokens,
-            seconds=result.seconds,
-            tokens_per_s=result.num_tokens / result.seconds,
-            reduced_bytes=result.traffic.reduced,
-            gathered_bytes=result.traffic.gathered,
-            control_bytes=result.traffic.control,
-            skipped=bool(result.skipped),
-        )
-        records.append(job.run_dir / METRICS, row)
+    row = records.StepRecord(
+        step=state.step,
+        adapters=result.losses,
+        learning_rate=result.learning_rate,
+        tokens=result.num_tokens,
+        seconds=result.seconds,
+        tokens_per_s=result.num_tokens / result.seconds,
+        reduced_bytes=result.traffic.reduced,
+        gathered_bytes=result.traffic.gathered,
+        control_bytes=result.traffic.control,
+        skipped=bool(result.skipped),
+    )
+    _record(job, row)
     limit = job.cfg.train.max_nonfinite_steps
     stuck = [name for name, progress in state.progress.items() if progress.nonfinite_steps >= limit]
     if stuck:
@@ -284,11 +314,10 @@ def _evaluate(job: Job) -> None:
 
 
 def _record_evaluation(job: Job, name: str, split: str, result: evaluate.Evaluation) -> None:
-    if comm.rank() == 0:
-        row = records.EvaluationRecord(
-            step=job.state.step, adapter=name, split=split, metrics=result.metrics, seconds=result.seconds
-        )
-        records.append(job.run_dir / METRICS, row)
+    row = records.EvaluationRecord(
+        step=job.state.step, adapter=name, split=split, metrics=result.metrics, seconds=result.seconds
+    )
+    _record(job, row)
 
 
 def _save_adapter(job: Job, name: str, which: str, rows_PH: torch.Tensor, at_step: int) -> int:
@@ -329,9 +358,8 @@ def _finish(job: Job, seconds: float) -> records.RunSummary:
     summary = _summary(job, {name: result.metrics for name, result in after.items()}, seconds)
     for name, result in after.items():
         _record_evaluation(job, name, split, result)
-    if comm.rank() == 0:
-        (job.run_dir / SUMMARY).write_text(json.dumps(summary.model_dump(mode="json"), indent=1))
-    comm.barrier()
+    text = json.dumps(summary.model_dump(mode="json"), indent=1)
+    _write_on_rank_0(job, lambda: (job.run_dir / SUMMARY).write_text(text))
     return summary
 
 

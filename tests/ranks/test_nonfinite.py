@@ -1,0 +1,85 @@
+"""A loss or gradient that is not finite changes nothing, on any rank, and ends the run when it happens too often."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from harness import run_ranks
+
+from peftscale import adapters, records
+from peftscale.base import load
+from peftscale.config import RunConfig
+from peftscale.data import tasks
+from peftscale.data.batches import training_items
+from peftscale.errors import TrainingError
+from peftscale.records import StepRecord
+from peftscale.train import comm, step, worker
+from peftscale.train.optim import AdapterOptimizer
+
+pytestmark = pytest.mark.ranks
+
+
+def _step_with_one_bad_rank(cfg: RunConfig) -> dict[str, Any]:
+    """One rank's gradient is spoiled before the reduction; the next step is healthy."""
+    base = load.load(cfg.base, sharding="world", device=torch.device("cpu"))
+    cohort = adapters.build(cfg, base)
+    optimizers = {name: AdapterOptimizer(a.parameters(), cfg.train) for name, a in cohort.items()}
+    items = training_items("mood", 5, tasks.load(cfg.task, base.tokenizer, max_tokens=100).train)
+    rows_PH = cohort["mood"].rows_PH
+    before = rows_PH.detach().clone()
+    is_bad = [True]
+
+    def spoil(grad: torch.Tensor) -> torch.Tensor:
+        return grad * float("inf") if is_bad[0] and comm.rank() == 1 else grad
+
+    rows_PH.register_hook(spoil)
+    first = step.run(base, cohort, optimizers, items, step=0, microbatch_tokens=64)
+    same = bool(torch.equal(rows_PH, before))
+    is_bad[0] = False
+    second = step.run(base, cohort, optimizers, items, step=1, microbatch_tokens=64)
+    return {
+        "skipped": [first.skipped, second.skipped],
+        "same": same,
+        "rows": rows_PH.detach().clone(),
+        "before": before,
+    }
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_the_update_on_every_rank(tmp_path: Path) -> None:
+    results = run_ranks(_step_with_one_bad_rank, 2, tmp_path / "ranks", tiny.run_config(tmp_path))
+    for result in results:
+        assert result["skipped"] == [("mood",), ()]
+        assert result["same"]
+        assert not torch.equal(result["rows"], result["before"])
+        assert torch.equal(result["rows"], results[0]["rows"])
+
+
+def _train_into_overflow(cfg: RunConfig) -> str:
+    cfg.run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        worker.main(cfg)
+    except TrainingError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_so_many_steps_in_a_row_end_the_run_with_a_clear_error_on_every_rank(tmp_path: Path) -> None:
+    """A rate of 3e38 drives the rows to overflow after the first update."""
+    changes = {
+        "train.steps": 30,
+        "train.optimizer": "adafactor",
+        "train.learning_rate": 3e38,
+        "train.max_nonfinite_steps": 3,
+    }
+    cfg = tiny.run_config(tmp_path, **{**changes, "train.evaluate_every": 30, "train.checkpoint_every": 30})
+    messages = run_ranks(_train_into_overflow, 2, tmp_path / "ranks", cfg)
+    assert messages[0] == messages[1]
+    assert "adapter mood: the loss or gradient was not finite in 3 steps in a row" in messages[0]
+    assert "Lower train.learning_rate=3e+38" in messages[0]
+    rows = [row for row in records.read(cfg.run_dir / "metrics.jsonl") if isinstance(row, StepRecord)]
+    assert [row.skipped for row in rows][-3:] == [True, True, True]
+    assert not any(row.skipped for row in rows[:-3])
+    assert json.loads((cfg.run_dir / "metrics.jsonl").read_text().splitlines()[-1])["skipped"] is True

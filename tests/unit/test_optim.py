@@ -1,0 +1,93 @@
+"""The optimizers are those of the paper, and their numbers are those of a hand calculation."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from peftscale.config import TrainConfig
+from peftscale.train.optim import AdapterOptimizer, rate_at
+
+
+def _config(**changes: object) -> TrainConfig:
+    values: dict[str, object] = {
+        "steps": 10,
+        "examples_per_step": 1,
+        "microbatch_tokens": 1,
+        "optimizer": "adafactor",
+        "learning_rate": 0.3,
+        "evaluate_every": 1,
+        "checkpoint_every": 1,
+    }
+    return TrainConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def _prompt() -> nn.Parameter:
+    return nn.Parameter(torch.linspace(-1, 1, 100 * 7).view(100, 7))
+
+
+def test_adafactor_is_the_papers_recipe_not_factored_not_scaled_clipped_at_one() -> None:
+    """Two updates beside the formulas of Shazeer and Stern 2018 without factoring: v, clip by RMS 1, rate 0.3."""
+    prompt = _prompt()
+    want, v = prompt.detach().clone(), torch.zeros(700).view(100, 7)
+    optimizer = AdapterOptimizer([prompt], _config())
+    for step in range(2):
+        grad = torch.cos(want * (step + 3))
+        prompt.grad = grad.clone()
+        assert optimizer.update(step) == 0.3
+        beta2 = 1 - (step + 1) ** -0.8
+        v = beta2 * v + (1 - beta2) * (grad**2 + 1e-30)
+        update = grad / v.sqrt()
+        update /= max(1.0, float(update.pow(2).mean().sqrt()))
+        want -= 0.3 * update
+    torch.testing.assert_close(prompt.detach(), want, rtol=0, atol=1e-6)  # measured 1.2e-7
+    shapes = {name: tuple(value.shape) for name, value in optimizer.state().items()}
+    assert shapes["0.exp_avg_sq"] == (700,)  # a factored one would keep a row and a column
+    assert not any("row" in name or "col" in name for name in shapes)
+
+
+def test_adafactor_factors_a_matrix_that_is_not_flattened() -> None:
+    """Negative control: the library alone would keep two vectors for this prompt."""
+    from transformers.optimization import Adafactor
+
+    prompt = _prompt()
+    library = Adafactor([prompt], lr=0.3, scale_parameter=False, relative_step=False)
+    prompt.grad = torch.ones_like(prompt)
+    library.step()
+    assert "exp_avg_sq_row" in library.state[prompt]
+
+
+def test_the_decay_of_adafactor_is_not_multiplied_by_the_rate_and_that_of_adamw_is() -> None:
+    for optimizer, kept in (("adafactor", 1 - 0.01), ("adamw", 1 - 0.3 * 0.01)):
+        prompt = nn.Parameter(torch.full((5, 3), 2.0))
+        plain = nn.Parameter(prompt.detach().clone())
+        for parameter, decay in ((prompt, 0.01), (plain, 0.0)):
+            parameter.grad = torch.ones_like(parameter)
+            AdapterOptimizer([parameter], _config(optimizer=optimizer, weight_decay=decay)).update(0)
+        torch.testing.assert_close(
+            prompt.detach() - plain.detach(), torch.full((5, 3), 2.0 * (kept - 1)), atol=1e-6, rtol=0
+        )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_clipping_bounds_the_norm_of_what_an_adapter_sees(optimizer: str) -> None:
+    seen = []
+    for scale in (1.0, 1e6):
+        prompt = _prompt()
+        prompt.grad = torch.sin(prompt.detach()) * scale
+        AdapterOptimizer([prompt], _config(optimizer=optimizer, clip_norm=1e-3, learning_rate=0.1)).update(0)
+        seen.append(prompt.detach().clone())
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-5, atol=1e-6)
+
+
+def test_schedules_warm_up_and_come_down_as_they_say() -> None:
+    linear = _config(schedule="linear", warmup_steps=2, learning_rate=1.0)
+    assert [round(rate_at(linear, step), 4) for step in range(10)] == [
+        0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125
+    ]  # fmt: skip
+    cosine = _config(schedule="cosine", learning_rate=1.0)
+    assert rate_at(cosine, 0) == 1.0
+    assert rate_at(cosine, 5) == pytest.approx(0.5)
+    assert rate_at(cosine, 9) == pytest.approx(0.5 * (1 + math.cos(0.9 * math.pi)))
+    assert {rate_at(_config(), step) for step in range(10)} == {0.3}
