@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 the user's input is wrong (one message, no traceback), 1 t
 Nothing heavy is imported before a command runs: `peftscale --help` answers at once.
 """
 
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -216,14 +217,27 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def main() -> None:
     """Entry point of the `peftscale` command."""
+    code = _run()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # a rank of torchrun
+        from peftscale.train import comm
+
+        comm.leave(code)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command; return its exit code."""
     try:
         app()
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else 0
     except PeftscaleError as error:
         print(error, file=sys.stderr)
-        sys.exit(2)
+        return 2
     except TrainingError as error:
         print(f"the run failed: {error}", file=sys.stderr)
-        sys.exit(1)
+        return 1
+    return 0
 
 
 def _config_dir(model: str, revision: str) -> Path:

@@ -82,12 +82,10 @@ def open_job(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, repo
         PeftscaleError: the base, the data, an adapter's start or a checkpoint cannot be used.
     """
     planned = make_plan(cfg, device)
+    task = _load_task(cfg)  # before the base: a wrong label is known in seconds, packing may take an hour
     base = base_load.load(
         cfg.base, sharding=planned.sharding, device=device, prefetch_elements=planned.prefetch_elements
     )
-    longest = max(adapter.length for adapter in cfg.adapters.values())
-    room = None if base.max_positions is None else base.max_positions - longest
-    task = tasks.load(cfg.task, base.tokenizer, max_tokens=room)
     cohort = adapters.build(cfg, base)
     state = State(
         cohort=cohort,
@@ -103,6 +101,14 @@ def open_job(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, repo
     job = Job(cfg, base, task, state, planned, identity, peak, report)
     _begin(job)
     return job
+
+
+def _load_task(cfg: RunConfig) -> TaskData:
+    model_dir = base_load.resolve(cfg.base.model, cfg.base.revision, with_weights=False)
+    positions = facts.load(model_dir).max_positions
+    longest = max(adapter.length for adapter in cfg.adapters.values())
+    room = None if positions is None else positions - longest
+    return tasks.load(cfg.task, base_load.load_tokenizer(model_dir), max_tokens=room)
 
 
 def _begin(job: Job) -> None:

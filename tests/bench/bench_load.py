@@ -11,6 +11,7 @@ dequantised weight too. Prints a table, says which bounds hold, appends one Benc
 """
 
 import gc
+import importlib
 import os
 import sys
 import tempfile
@@ -41,6 +42,13 @@ BASE = llama(hidden=2048, feed=5632, layers=28, heads=32, key_value_heads=4, voc
 SLACK_BYTES = 60 * 2**20
 PART_OF_PACKED = 0.75
 STEP_TOKENS = 16  # of one row: text and target
+_IMPORTS = (
+    "accelerate",
+    "bitsandbytes",
+    "peftscale.base.shard",  # brings DeepSpeed
+    "transformers.integrations.bitsandbytes",
+    "transformers.models.llama.modeling_llama",
+)
 
 
 @dataclass(frozen=True)
@@ -100,12 +108,8 @@ def _plan(cfg: RunConfig, sharding: str) -> Plan:
 
 def _ours(cfg: RunConfig, sharding: str) -> Measured:
     """Load through `base.load`, then take one training step of one row a rank."""
-    import transformers.models.llama.modeling_llama
-
-    from peftscale.base import shard  # noqa: F401 - it brings DeepSpeed
-
+    _import_all()
     device = torch.device("cpu")
-    gc.collect()
     with memory.measured(device) as peak:
         start = time.perf_counter()
         base = load.load(cfg.base, sharding=sharding, device=device)  # type: ignore[arg-type]
@@ -120,18 +124,24 @@ def _ours(cfg: RunConfig, sharding: str) -> Measured:
         return Measured(load_peak, held, peak.peak_bytes(), load_s)
 
 
+def _import_all() -> None:
+    """What the load would import otherwise: code is not what is measured."""
+    for module in _IMPORTS:
+        importlib.import_module(module)
+    gc.collect()
+
+
 def _transformers(model_dir: str) -> Measured:
     """The common way: a quantised `from_pretrained` on every rank, which ZeRO-3 partitions afterwards."""
-    import accelerate  # noqa: F401
-    import bitsandbytes  # noqa: F401
+    _import_all()
     import deepspeed
-    import transformers.integrations.bitsandbytes
-    import transformers.models.llama.modeling_llama
+    import transformers
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.integrations import HfDeepSpeedConfig
 
     from peftscale.base import shard
 
+    transformers.utils.logging.disable_progress_bar()
     shard.partitioner()  # DeepSpeed joins the process group, as in ours
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     quantization = BitsAndBytesConfig(
@@ -140,13 +150,10 @@ def _transformers(model_dir: str) -> Measured:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    gc.collect()
     with memory.measured(torch.device("cpu")) as peak:
         start = time.perf_counter()
         aware = HfDeepSpeedConfig(config)  # must live as long as the load: transformers keeps a weak reference
-        model = AutoModelForCausalLM.from_pretrained(
-            model_dir, quantization_config=quantization, dtype=torch.bfloat16
-        )
+        model = AutoModelForCausalLM.from_pretrained(model_dir, quantization_config=quantization, dtype=torch.bfloat16)
         model.requires_grad_(False)
         engine = deepspeed.initialize(model=model, config=config)[0]
         load_s, load_peak = time.perf_counter() - start, peak.peak_bytes()

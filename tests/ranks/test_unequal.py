@@ -39,8 +39,7 @@ SEVEN = [
     ("A slow story with flat people", "bad"),
     ("Again", "good"),
 ]
-FIVE = [(text[::-1], label) for text, label in SEVEN[:5]]
-"""Words that the tokenizer cuts into many tokens."""
+FIVE = SEVEN[:5]
 
 
 def _run_config(tmp: Path, config: dict[str, Any], **changes: Any) -> RunConfig:
@@ -50,10 +49,6 @@ def _run_config(tmp: Path, config: dict[str, Any], **changes: Any) -> RunConfig:
         "validation": str(tiny.save_reviews(tmp / "five", FIVE)),
     }
     return tiny.run_config(tmp, base=base, adapters=TWO, **{"task.files": files, **changes})
-
-
-def _classification(tmp: Path, config: dict[str, Any]) -> RunConfig:
-    return _run_config(tmp, config)
 
 
 def _all(cfgs: list[RunConfig], sharding: str) -> list[dict[str, Any]]:
