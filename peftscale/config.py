@@ -148,6 +148,9 @@ class TrainConfig(Frozen):
     """Over all ranks and micro-batches: the number of workers never changes it."""
     microbatch_tokens: PositiveInt
     """Most tokens, prompts and padding included, in one pass of one rank. It bounds memory, not the result."""
+    packing: Literal["auto", "off"] = "auto"
+    """auto: one row of all prompts and texts, each prompt computed once, where that is exact for the base (it is
+    checked); off: one padded row an example, the reference."""
     optimizer: Literal["adamw", "adafactor"]
     """adafactor is the recipe of Lester et al. 2021: no parameter scaling, not factored, update clipped at RMS 1."""
     learning_rate: PositiveFloat

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from peftscale.config import Quantization
 from peftscale.facts import NF4_GROUP, NF4_NESTED, blob_bytes
 
-_PACKED_AT_ONCE = 2**18  # weights; a multiple of NF4_GROUP
+_PACKED_AT_ONCE = 2**19  # weights; a multiple of NF4_GROUP
 
 
 def pack_weight(weight_OI: Tensor, quantization: Quantization) -> Tensor:
@@ -46,8 +46,8 @@ def pack_weight(weight_OI: Tensor, quantization: Quantization) -> Tensor:
         scale_O = weight.abs().amax(dim=1).div(127).clamp_min(torch.finfo(torch.float32).tiny)
         values = (weight / scale_O[:, None]).round().clamp(-127, 127).to(torch.int8)
         return torch.cat([values.flatten().view(torch.uint8), scale_O.view(torch.uint8)])
-    # In pieces, because bitsandbytes takes 16 bytes a weight on the CPU meanwhile; they also stay in the processor's
-    # cache, which is twice as fast. The bytes are those of the whole weight at once: groups do not know each other.
+    # In pieces, because bitsandbytes takes 16 bytes a weight on the CPU meanwhile; pieces also stay in its cache. The
+    # bytes are those of the whole weight at once: groups do not know each other.
     pieces = [
         quantize_4bit(piece, blocksize=NF4_GROUP, quant_type="nf4")
         for piece in weight_OI.contiguous().flatten().split(_PACKED_AT_ONCE)

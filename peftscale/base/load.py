@@ -39,6 +39,10 @@ class Base:
     device: torch.device
     compute_dtype: torch.dtype
     is_sharded: bool
+    own_attention: str | None
+    """The attention implementation that transformers chose for the model."""
+    is_packed: bool = False
+    """Passes are packed; set by `exactness.make_packed`."""
 
     @property
     def hidden_size(self) -> int:
@@ -146,6 +150,7 @@ def load(
         device=device,
         compute_dtype=compute_dtype,
         is_sharded=is_sharded,
+        own_attention=skeleton.model.config._attn_implementation,
     )
 
 

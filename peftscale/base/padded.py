@@ -2,7 +2,7 @@
 
 The reference path: exact for every decoder-only family, because a causal model never sees what stands behind.
 Logits are made at target positions only, so that a large vocabulary costs nothing for tokens without a loss.
-Every rank must make the same number of passes; one that has no rows left makes an empty pass.
+The faster pass is `base.packed`; which one a base takes is `base.passes`.
 
 Shapes:  N rows   P virtual tokens   T text tokens   S longest row   H hidden size   M target tokens   V vocabulary
 """
@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
+from peftscale.base import attention
 from peftscale.base.load import Base
 
 
@@ -29,54 +31,46 @@ class Row:
     num_targets: int
 
 
-def target_logits(base: Base, rows: Sequence[Row]) -> Tensor:
-    """Logits that predict each target token.
-
-    Args:
-        base: the frozen base; gathers are collectives, so every rank calls this equally often.
-        rows: examples; with none, an empty pass is made, whose backward runs and reaches no adapter.
+def join(
+    rows: Sequence[Row], embedding: nn.Module, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Turn rows into what the model's forward takes.
 
     Returns:
-        (M, V) float32, row after row; (1, V) of no meaning for an empty pass.
+        Embeddings (N, S, H) in `dtype`, flat positions (M,) in (N, S) that predict the targets, and no further
+        arguments of the forward.
     """
-    if not rows:
-        # One token through everything, the embedding too: each part is a gather that the other ranks wait for. The
-        # input must require a gradient, or backward would gather nothing here.
-        blank_1SH, _ = _embed(base, [Row(None, [0], 0)])
-        return _logits_at(base, blank_1SH.requires_grad_(), torch.zeros(1, dtype=torch.long, device=base.device))
-    embeds_NSH, starts = _embed(base, rows)
+    embeds_NSH, starts = _embed(rows, embedding, dtype, device)
     width = embeds_NSH.shape[1]
     at: list[int] = []
     for i, row in enumerate(rows):
         first = i * width + starts[i] + len(row.ids) - row.num_targets - 1  # a position predicts the next token
         at.extend(range(first, first + row.num_targets))
-    return _logits_at(base, embeds_NSH, torch.tensor(at, device=base.device))
+    return embeds_NSH, torch.tensor(at, device=device), {}
 
 
-def target_losses(base: Base, rows: Sequence[Row]) -> Tensor:
-    """Negative log-likelihood of every target token, (M,) float32 nats, row after row. See `target_logits`."""
-    logits_MV = target_logits(base, rows)
-    if not rows:
-        return logits_MV.sum()[None] * 0
-    targets = [token for row in rows for token in row.ids[len(row.ids) - row.num_targets :]]
-    return nn.functional.cross_entropy(logits_MV, torch.tensor(targets, device=base.device), reduction="none")
+def target_logits(base: Base, rows: Sequence[Row]) -> Tensor:
+    """Logits that predict each target token, (M, V) float32, row after row. See `passes.target_logits`."""
+    embeds_NSH, at_M, arguments = join(rows, base.model.get_input_embeddings(), base.compute_dtype, base.device)
+    return logits_at(base.model, embeds_NSH, at_M, **arguments)
 
 
 def generate(base: Base, rows: Sequence[Row], *, max_new_tokens: int) -> list[list[int]]:
     """Greedy continuation of every row, up to the end-of-sequence token (left out) or `max_new_tokens`.
 
-    Every rank calls this equally often; one without rows generates along and returns nothing.
+    Every rank calls this equally often and with the same `max_new_tokens`; one without rows generates along and
+    returns nothing. A row that has ended goes on until the last one of all ranks has, so each of them must have
+    `max_new_tokens` positions left.
     """
-    blank = Row(None, [base.tokenizer.eos_token_id or 0], 0)
-    embeds, _ = zip(*(_embed(base, [row]) for row in (rows or [blank])), strict=True)
-    longest = max(row_1SH.shape[1] for row_1SH in embeds)
-    # Left padding: generation appends on the right.
-    padded_NSH = torch.cat([nn.functional.pad(row, (0, 0, longest - row.shape[1], 0)) for row in embeds])
-    mask_NS = torch.stack(
-        [torch.arange(longest, device=base.device) >= longest - row.shape[1] for row in embeds]
-    ).long()
     eos = base.tokenizer.eos_token_id
-    with torch.no_grad():
+    going = rows or [Row(None, [eos or 0], 0)]
+    embeds_NSH, starts = _embed(going, base.model.get_input_embeddings(), base.compute_dtype, base.device)
+    blanks = [embeds_NSH.shape[1] - start - len(row.ids) for row, start in zip(going, starts, strict=True)]
+    # Left padding: generation appends on the right.
+    padded_NSH = torch.stack([row_SH.roll(num, dims=0) for row_SH, num in zip(embeds_NSH, blanks, strict=True)])
+    at_S = torch.arange(embeds_NSH.shape[1], device=base.device)
+    mask_NS = torch.stack([at_S >= num for num in blanks]).long()
+    with torch.no_grad(), attention.original(base.model, base.own_attention):
         ids_NT = base.model.generate(
             inputs_embeds=padded_NSH,
             attention_mask=mask_NS,
@@ -91,32 +85,38 @@ def generate(base: Base, rows: Sequence[Row], *, max_new_tokens: int) -> list[li
     return [ids[: ids.index(eos)] if eos in ids else ids for ids in lists[: len(rows)]]
 
 
-def _embed(base: Base, rows: Sequence[Row]) -> tuple[Tensor, list[int]]:
-    """Rows (N, S, H) in the compute dtype, zeros behind, and where each row's text starts.
+def _embed(
+    rows: Sequence[Row], embedding: nn.Module, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, list[int]]:
+    """Rows (N, S, H), zeros behind, and where each row's text starts.
 
     One call of the embedding for all rows: it is a gather when the base is sharded.
     """
-    ids_NT = pad_sequence([torch.tensor(list(row.ids)) for row in rows], batch_first=True).to(base.device)
+    ids_NT = pad_sequence([torch.tensor(list(row.ids)) for row in rows], batch_first=True).to(device)
     with torch.no_grad():
-        text_NTH = base.model.get_input_embeddings()(ids_NT).to(base.compute_dtype)
+        text_NTH = embedding(ids_NT).to(dtype)
     joined, starts = [], []
     for row, text_TH in zip(rows, text_NTH, strict=True):
-        prompt = () if row.prompt_PH is None else (row.prompt_PH.to(base.compute_dtype),)  # a cast per row: the
-        joined.append(torch.cat([*prompt, text_TH[: len(row.ids)]]))  # rows' gradients are summed in float32
+        prompt = () if row.prompt_PH is None else (row.prompt_PH.to(dtype),)  # a cast a row: their gradients are
+        joined.append(torch.cat([*prompt, text_TH[: len(row.ids)]]))  # summed in float32
         starts.append(0 if row.prompt_PH is None else len(row.prompt_PH))
     return pad_sequence(joined, batch_first=True), starts
 
 
-def _logits_at(base: Base, embeds_NSH: Tensor, at_M: Tensor) -> Tensor:
-    """Logits (M, V) at flat positions of (N, S). The head sees only those; the model's scaling and caps still act."""
+def logits_at(model: PreTrainedModel, embeds_NSH: Tensor, at_M: Tensor, **arguments: Any) -> Tensor:
+    """Logits (M, V) float32 at flat positions of (N, S). Only those reach the head; the model's scaling and caps act.
+
+    Args:
+        arguments: for the model's forward, beside the embeddings.
+    """
 
     def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden_NSH = args[0]
         return (hidden_NSH.flatten(0, 1)[at_M][None], *args[1:])
 
-    hook = base.model.get_output_embeddings().register_forward_pre_hook(select)
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        logits_1MV: Tensor = base.model(inputs_embeds=embeds_NSH, use_cache=False).logits
+        logits_1MV: Tensor = model(inputs_embeds=embeds_NSH, use_cache=False, **arguments).logits
     finally:
         hook.remove()
     return logits_1MV[0].float()

@@ -98,19 +98,21 @@ def generation_items(
     ]
 
 
-def plan_passes(items: Sequence[Item], *, world: int, microbatch_tokens: int) -> list[list[list[Item]]]:
+def plan_passes(
+    items: Sequence[Item], *, world: int, microbatch_tokens: int, is_packed: bool = False
+) -> list[list[list[Item]]]:
     """Deal the rows of a step, or of a whole split, to ranks and passes.
 
     Ranks go through the base in lockstep, because gathering its weights takes all of them: a pass is as slow as
-    its slowest rank, and one more pass costs one more gather of everything. So the rows are sorted, longest
-    first, and each pass takes as many from the front as fill `microbatch_tokens` on every rank, dealt in turn.
-    Rows of a pass are of nearly one length on all ranks: little padding, nobody waits.
+    its slowest rank, and one more pass costs one more gather of everything. So each pass takes as many rows as fill
+    `microbatch_tokens` on every rank, longest first: nobody waits, and padded rows of a pass are of nearly one length.
 
     Args:
         items: of all adapters. The plan depends on their order only between rows of equal length.
         world: ranks.
-        microbatch_tokens: most tokens in one pass of one rank, counted as longest row * rows. A row that
-            is longer than this by itself stands alone in its pass.
+        microbatch_tokens: most tokens in one pass of one rank, as `pass_tokens` counts them. A row that is longer
+            than this by itself stands alone in its pass.
+        is_packed: passes are packed, and each prompt counts once a pass.
 
     Returns:
         [rank][pass] -> rows. Every rank has the same number of passes, and the rows of all of them are
@@ -120,11 +122,47 @@ def plan_passes(items: Sequence[Item], *, world: int, microbatch_tokens: int) ->
     queue = sorted(items, key=lambda item: -item.num_tokens)  # stable, so equal on every rank
     ranks: list[list[list[Item]]] = [[] for _ in range(world)]
     while queue:
-        num_rows = max(1, microbatch_tokens // max(1, queue[0].num_tokens))
-        taken, queue = queue[: num_rows * world], queue[num_rows * world :]
-        for rank, passes in enumerate(ranks):
-            passes.append(taken[rank::world])
+        take = _take_packed if is_packed else _take_padded
+        shares, queue = take(queue, world, microbatch_tokens)
+        for passes, share in zip(ranks, shares, strict=True):
+            passes.append(share)
     return ranks
+
+
+def pass_tokens(rows: Sequence[Item], *, is_packed: bool) -> int:
+    """Tokens that one pass computes: padded rows are all as long as the longest; packed ones share their prompts."""
+    if not is_packed:
+        return len(rows) * max((row.num_tokens for row in rows), default=0)
+    prompts = {row.adapter: row.prompt_length for row in rows}
+    return sum(prompts.values()) + sum(row.num_tokens - row.prompt_length for row in rows)
+
+
+def _take_padded(queue: list[Item], world: int, most: int) -> tuple[list[list[Item]], list[Item]]:
+    """Rows of one pass by rank, dealt in turn, and what is left."""
+    num_rows = max(1, most // max(1, queue[0].num_tokens)) * world
+    return [queue[rank:num_rows:world] for rank in range(world)], queue[num_rows:]
+
+
+def _take_packed(queue: list[Item], world: int, most: int) -> tuple[list[list[Item]], list[Item]]:
+    """Rows of one pass by rank, each to where the load stays least, until a row would not fit there.
+
+    A row whose prompt is on a rank already adds less load there, so an adapter's rows stay together where they can.
+    """
+    shares: list[list[Item]] = [[] for _ in range(world)]
+    loads, prompts = [0] * world, [set[str]() for _ in range(world)]
+    for taken, item in enumerate(queue):
+        text = item.num_tokens - item.prompt_length
+        after = [
+            load + text + (0 if item.adapter in there else item.prompt_length)
+            for load, there in zip(loads, prompts, strict=True)
+        ]
+        rank = min(range(world), key=after.__getitem__)
+        if after[rank] > most and loads[rank]:
+            return shares, queue[taken:]
+        shares[rank].append(item)
+        loads[rank] = after[rank]
+        prompts[rank].add(item.adapter)
+    return shares, []
 
 
 @functools.lru_cache(maxsize=64)  # every step of an epoch asks for the same one; a cohort for one per seed

@@ -14,7 +14,8 @@ import torch
 
 from peftscale.adapters import SoftPrompt
 from peftscale.base.load import Base
-from peftscale.base.padded import generate, target_logits
+from peftscale.base.padded import generate
+from peftscale.base.passes import target_logits
 from peftscale.config import Metric
 from peftscale.data import metrics as scores
 from peftscale.data.batches import Item, choice_items, generation_items, plan_passes
@@ -74,8 +75,9 @@ def run(
     return results
 
 
-def _passes(items: Sequence[Item], microbatch_tokens: int) -> list[list[Item]]:
-    return plan_passes(items, world=comm.world_size(), microbatch_tokens=microbatch_tokens)[comm.rank()]
+def _passes(items: Sequence[Item], microbatch_tokens: int, *, is_packed: bool) -> list[list[Item]]:
+    world = comm.world_size()
+    return plan_passes(items, world=world, microbatch_tokens=microbatch_tokens, is_packed=is_packed)[comm.rank()]
 
 
 def _classify(
@@ -96,7 +98,7 @@ def _classify(
         else:
             items += choice_items(name, length, examples)
     likelihoods: dict[tuple[str, int], dict[int, float]] = {}
-    for of_pass in _passes(items, microbatch_tokens):
+    for of_pass in _passes(items, microbatch_tokens, is_packed=base.is_packed):
         logits_MV = target_logits(base, rows_of(of_pass, adapters))
         if not of_pass:
             continue
@@ -128,9 +130,13 @@ def _generate(
     room = [task.num_new_tokens(example) for example in examples]
     items = [i for n, length in lengths.items() for i in generation_items(n, length, examples, num_new_tokens=room)]
     texts: dict[tuple[str, int], str] = {}
-    for of_pass in _passes(items, microbatch_tokens):
-        longest = max((item.num_new_tokens for item in of_pass), default=1)
-        for item, ids in zip(of_pass, generate(base, rows_of(of_pass, adapters), max_new_tokens=longest), strict=True):
-            text = base.tokenizer.decode(ids[: item.num_new_tokens], skip_special_tokens=True)
-            texts[item.adapter, item.example.index] = str(text)
+    # A row goes on until the last one of its pass, on any rank, has ended: one with less room would leave the base's
+    # positions behind. So rows of different room go in different passes; as a rule there is one room for all.
+    for num in sorted(set(room)):
+        alike = [item for item in items if item.num_new_tokens == num]
+        for of_pass in _passes(alike, microbatch_tokens, is_packed=False):
+            written = generate(base, rows_of(of_pass, adapters), max_new_tokens=num)
+            for item, ids in zip(of_pass, written, strict=True):
+                text = base.tokenizer.decode(ids, skip_special_tokens=True)
+                texts[item.adapter, item.example.index] = str(text)
     return {key: text for part in comm.gather_objects(texts) for key, text in part.items()}

@@ -14,7 +14,8 @@ import torch
 
 from peftscale.adapters import Cohort
 from peftscale.base.load import Base
-from peftscale.base.padded import Row, target_losses
+from peftscale.base.padded import Row
+from peftscale.base.passes import target_losses
 from peftscale.data.batches import Item, plan_passes
 from peftscale.train import comm
 from peftscale.train.comm import Traffic
@@ -89,7 +90,9 @@ def gradient(base: Base, cohort: Cohort, items: Sequence[Item], *, microbatch_to
         num_targets[item.adapter] += len(item.target_ids)
     names = list(cohort)
     totals_K = torch.zeros(len(names), dtype=torch.float64)
-    passes = plan_passes(items, world=comm.world_size(), microbatch_tokens=microbatch_tokens)[comm.rank()]
+    passes = plan_passes(items, world=comm.world_size(), microbatch_tokens=microbatch_tokens, is_packed=base.is_packed)[
+        comm.rank()
+    ]
     for of_pass in passes:
         nll_M = target_losses(base, rows_of(of_pass, cohort))
         if not of_pass:

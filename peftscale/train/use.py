@@ -20,7 +20,7 @@ from peftscale.data.rows import Split
 from peftscale.data.tasks import TaskData
 from peftscale.errors import AdapterError
 from peftscale.train import comm, evaluate
-from peftscale.train.worker import COLLECTIVE_TIMEOUT_S, make_plan, pick_device
+from peftscale.train.worker import COLLECTIVE_TIMEOUT_S, choose_packing, make_plan, pick_device
 
 
 @dataclass
@@ -103,6 +103,7 @@ def _open(cfg: RunConfig, directories: Sequence[Path], device: torch.device) -> 
     base = base_load.load(
         cfg.base, sharding=planned.sharding, device=device, prefetch_elements=planned.prefetch_elements
     )
+    choose_packing(cfg, base)
     adapters, notes = {}, []
     for directory in directories:
         adapter, info = files.load(directory, base_digest=base.digest, hidden_size=base.hidden_size)

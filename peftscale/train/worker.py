@@ -17,11 +17,12 @@ import torch
 from peftscale import adapters, configio, facts, plan, records
 from peftscale.adapters import Cohort, files
 from peftscale.adapters.manifest import AdapterCard, BaseCard, TaskTemplate
+from peftscale.base import exactness
 from peftscale.base import load as base_load
 from peftscale.base.load import Base
 from peftscale.config import RunConfig
 from peftscale.data import tasks
-from peftscale.data.batches import Cursor, Item, plan_passes, training_items
+from peftscale.data.batches import Cursor, Item, pass_tokens, plan_passes, training_items
 from peftscale.data.rows import Split
 from peftscale.data.tasks import TaskData
 from peftscale.errors import CheckpointError, ConfigError, TrainingError
@@ -86,6 +87,7 @@ def open_job(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, repo
     base = base_load.load(
         cfg.base, sharding=planned.sharding, device=device, prefetch_elements=planned.prefetch_elements
     )
+    why_padded = choose_packing(cfg, base)
     cohort = adapters.build(cfg, base)
     state = State(
         cohort=cohort,
@@ -96,11 +98,24 @@ def open_job(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, repo
     identity = Identity(
         base.digest, configio.fingerprint(cfg), comm.world_size(), torch.get_num_threads(), configio.dump(cfg)
     )
-    passes, tokens = _typical_passes(cfg, cohort, task)
+    passes, tokens = _typical_passes(cfg, cohort, task, is_packed=base.is_packed)
     planned = make_plan(cfg, device, passes_per_step=passes, tokens_per_pass=tokens)
     job = Job(cfg, base, task, state, planned, identity, peak, report)
     _begin(job)
+    if why_padded:
+        _note(job, f"passes are padded: {why_padded}")
     return job
+
+
+def choose_packing(cfg: RunConfig, base: Base) -> str | None:
+    """Make the base packed where the run file allows it and every rank found it exact; else say why not."""
+    if cfg.train.packing == "off":
+        return None
+    reasons = [reason for reason in comm.gather_objects(exactness.differs(base)) if reason]
+    if reasons:
+        return str(reasons[0])
+    exactness.make_packed(base)
+    return None
 
 
 def _load_task(cfg: RunConfig) -> TaskData:
@@ -232,16 +247,17 @@ def make_plan(cfg: RunConfig, device: torch.device, **known: int) -> Plan:
     return planned
 
 
-def _typical_passes(cfg: RunConfig, cohort: Cohort, task: TaskData) -> tuple[int, int]:
+def _typical_passes(cfg: RunConfig, cohort: Cohort, task: TaskData, *, is_packed: bool) -> tuple[int, int]:
     """Passes a step (median of the first steps) and tokens of the largest pass, padding included: for the plan."""
     trial = State(cohort, {}, {}, {name: AdapterProgress(Cursor(cfg.adapter_seed(name))) for name in cohort})
     counts, tokens = [], 0
     for _ in range(min(cfg.train.steps, 20)):
         items = _take_items(cfg, trial, task)
-        ranks = plan_passes(items, world=comm.world_size(), microbatch_tokens=cfg.train.microbatch_tokens)
+        ranks = plan_passes(
+            items, world=comm.world_size(), microbatch_tokens=cfg.train.microbatch_tokens, is_packed=is_packed
+        )
         counts.append(len(ranks[0]))
-        widths = [len(rows) * max(row.num_tokens for row in rows) for passes in ranks for rows in passes if rows]
-        tokens = max(tokens, *widths)
+        tokens = max(tokens, *(pass_tokens(rows, is_packed=is_packed) for passes in ranks for rows in passes))
     return round(statistics.median(counts)), tokens
 
 
@@ -380,7 +396,7 @@ def _summary(job: Job, after: dict[str, dict[str, float]], seconds: float) -> re
         name=job.cfg.name,
         world_size=comm.world_size(),
         sharding=job.plan.sharding,
-        packing="off",
+        packing="packed" if job.base.is_packed else "off",
         steps=state.step,
         seconds=seconds,
         tokens_per_s=sum(result.num_tokens for result in results) / trained_s if trained_s else 0.0,

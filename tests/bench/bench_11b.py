@@ -114,8 +114,8 @@ def _plan(cfg: RunConfig) -> Plan:
 
 
 def _pack(cfg: RunConfig) -> Packed:
-    """Write the pack from tensors that are drawn when they are read."""
-    torch.set_num_threads(WORLD)  # the ranks are not there yet
+    """Write the pack from tensors that are drawn when they are read. One thread, so that others' load changes little:
+    two threads of small steps wait for each other."""
     host_memory.return_freed()
     assert cfg.base.pack_dir is not None
     model_dir, out = Path(cfg.base.model), cfg.base.pack_dir

@@ -18,7 +18,8 @@ from peftscale.adapters import Cohort
 from peftscale.base import load, shard
 from peftscale.base.linear import FrozenLinear
 from peftscale.base.load import Base
-from peftscale.base.padded import Row, target_losses
+from peftscale.base.padded import Row
+from peftscale.base.passes import target_losses
 from peftscale.config import RunConfig
 from peftscale.data import tasks
 from peftscale.data.batches import Item, training_items

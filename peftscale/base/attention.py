@@ -1,0 +1,213 @@
+"""Attention over a packed row [prompt_1 .. prompt_K | example_1 .. example_N]: each prompt once, nothing padded.
+
+In a causal decoder a soft prompt sees itself alone, so its keys and values are the same for every example behind it.
+The layout of a row is made once a pass and travels to every layer through the model's keyword arguments; the function
+is registered with transformers' attention registry. Making the row and the logits is `base.packed`, deciding whether a
+model may use it is `base.exactness`.
+
+Grouped queries, sliding windows, logit caps and sinks are those of the model's own layers, relative to an example's
+own positions: behind a prompt of P tokens its text begins at P, as in the padded row.
+
+Shapes:  T tokens of the row   K prompts   P longest prompt   N examples   E longest example   A heads   D head size
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+NAME = "peftscale_packed"
+_calls = [0]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of a packed row stand, and who sees whom."""
+
+    prompt_lengths: tuple[int, ...]
+    example_lengths: tuple[int, ...]
+    positions_1T: Tensor
+    """Each token's own position: prompts from 0, an example from the length of its prompt."""
+    prompts_KP: Tensor
+    """Index into the row; padding points at token 0 and is masked."""
+    examples_NE: Tensor
+    keys_NS: Tensor
+    """The prompt's, then the example's own; S = P + E."""
+    back_T: Tensor
+    """Where each token of the row stands in the outputs [K * P | N * E]."""
+    distance_NES: Tensor
+    """Query position minus key position; a negative one is the future, or padding."""
+    distance_KPP: Tensor
+    _masks: dict[tuple[int | None, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.positions_1T.shape[1])
+
+    def masks(self, window: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Additive masks (K, 1, P, P) and (N, 1, E, S) of one kind of layer, made at its first use."""
+        key = (window, dtype)
+        if key not in self._masks:
+            made = []
+            for distance in (self.distance_KPP, self.distance_NES):
+                sees = distance >= 0
+                if window is not None:
+                    sees &= distance < window
+                mask = torch.zeros(distance.shape, dtype=dtype, device=distance.device)
+                # A padded query sees nothing: finite, so that its row is a mean of something and not NaN.
+                made.append(mask.masked_fill_(~sees, torch.finfo(dtype).min)[:, None])
+            self._masks[key] = (made[0], made[1])
+        return self._masks[key]
+
+
+def layout(
+    prompt_lengths: Sequence[int], example_lengths: Sequence[int], owners: Sequence[int], *, device: torch.device
+) -> Layout:
+    """Lay out a row.
+
+    Args:
+        prompt_lengths: of each prompt, in the order of the row. 0 for none.
+        example_lengths: of each example, at least 1.
+        owners: which prompt each example stands behind.
+        device: of the row.
+    """
+    lengths = torch.tensor([*prompt_lengths, *example_lengths])
+    starts = lengths.cumsum(0) - lengths
+    num_prompts = len(prompt_lengths)
+    owner_N = torch.tensor(owners)
+    prompt_length_N = lengths[:num_prompts][owner_N]
+    prompts_KP, prompt_ok = _grid(starts[:num_prompts], lengths[:num_prompts])
+    examples_NE, example_ok = _grid(starts[num_prompts:], lengths[num_prompts:])
+    width = prompts_KP.shape[1]
+    p_P, e_E = torch.arange(width), torch.arange(examples_NE.shape[1])
+    query_NE = prompt_length_N[:, None] + e_E
+    key_NS = torch.cat([p_P.expand(len(owners), -1), query_NE], dim=1)
+    key_ok = torch.cat([prompt_ok[owner_N], example_ok], dim=1)
+    never = -1
+    distance_NES = torch.where(key_ok[:, None], query_NE[:, :, None] - key_NS[:, None], never)
+    distance_KPP = torch.where(prompt_ok[:, None], p_P[None, :, None] - p_P[None, None], never)
+    flat = torch.cat([prompt_ok.flatten(), example_ok.flatten()]).nonzero()[:, 0]
+    positions = [torch.arange(n) for n in prompt_lengths]
+    positions += [int(at) + torch.arange(n) for at, n in zip(prompt_length_N, example_lengths, strict=True)]
+    return Layout(
+        tuple(prompt_lengths),
+        tuple(example_lengths),
+        torch.cat(positions)[None].to(device),
+        prompts_KP.to(device),
+        examples_NE.to(device),
+        torch.cat([prompts_KP[owner_N], examples_NE], dim=1).to(device),
+        flat.to(device),
+        distance_NES.to(device),
+        distance_KPP.to(device),
+    )
+
+
+def _grid(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Row indices of parts, padded with token 0 to the longest, and which of them are real."""
+    steps = torch.arange(int(lengths.max()) if len(lengths) else 0)
+    is_real = steps[None] < lengths[:, None]
+    return torch.where(is_real, starts[:, None] + steps, 0), is_real
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    layout: Layout | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function for a packed row. query, key, value: (1, heads, T, D). Returns (1, T, A, D).
+
+    Dropout is not applied: the base is frozen.
+    """
+    assert layout is not None, "a packed base was passed a row without a layout"
+    _calls[0] += 1
+    query_TAD, key_TAD, value_TAD = (states[0].transpose(0, 1) for states in (query, key, value))
+    prompt_mask, example_mask = layout.masks(sliding_window, query.dtype)
+    parts = []
+    for at, keys_at, mask in (
+        (layout.prompts_KP, layout.prompts_KP, prompt_mask),
+        (layout.examples_NE, layout.keys_NS, example_mask),
+    ):
+        if at.numel():
+            q, k, v = (
+                _take(states, index) for states, index in ((query_TAD, at), (key_TAD, keys_at), (value_TAD, keys_at))
+            )
+            out = _attend(q, k, v, mask, scaling=scaling, softcap=softcap, sinks_A=s_aux)
+            parts.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts)[layout.back_T][None], None
+
+
+def _take(states_TAD: Tensor, index_NS: Tensor) -> Tensor:
+    """(N, heads, S, D)."""
+    # index_select, not advanced indexing: its backward adds whole rows, which is ten times faster on a CPU.
+    picked = states_TAD.index_select(0, index_NS.flatten())
+    return picked.unflatten(0, index_NS.shape).transpose(1, 2)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    *,
+    scaling: float | None,
+    softcap: float | None,
+    sinks_A: Tensor | None,
+) -> Tensor:
+    is_grouped = query.shape[1] != key.shape[1]
+    if softcap is None and sinks_A is None:
+        out: Tensor = scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=is_grouped
+        )
+        return out
+    if is_grouped:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = (query @ key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores + mask
+    if sinks_A is not None:  # one more key that takes weight and gives nothing
+        sinks = sinks_A.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1).to(scores.dtype)
+        return torch.cat([scores, sinks], dim=-1).softmax(-1, dtype=torch.float32)[..., :-1].to(value.dtype) @ value
+    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def num_calls() -> int:
+    """How often the packed attention ran in this process: a model that bypasses the registry never calls it."""
+    return _calls[0]
+
+
+def install(model: PreTrainedModel) -> None:
+    """Make every layer of `model` use the packed attention from now on, also when a block is computed again."""
+    model.config._attn_implementation = NAME
+
+
+@contextmanager
+def original(model: PreTrainedModel, name: str | None) -> Iterator[None]:
+    """The model's own attention for the length of the block. No backward may follow: a block that is computed again
+    looks its attention up again."""
+    installed, model.config._attn_implementation = model.config._attn_implementation, name
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = installed
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, lambda *_, **__: None)

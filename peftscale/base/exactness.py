@@ -1,0 +1,149 @@
+"""Whether a base may use the packed pass: proved on a small copy of its config, then on its own weights.
+
+An attention function that is silently wrong for one family (a window that it ignores, a cap, a sink, a model that
+never calls it) would train prompts for another model. So each base is checked when it is loaded; where anything differs
+from the padded pass, the padded pass is used and the reason is told.
+
+The small copy is float32, has every kind of layer of the config, and its windows are cut below the length of the text.
+"""
+
+import contextlib
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from peftscale.base import attention, packed, padded
+from peftscale.base.load import Base
+from peftscale.base.padded import Row, logits_at
+
+TOLERANCE = 1e-5
+"""Relative error of logits and prompt gradient of the small copy. Float32 in another order of sums gives 1e-6."""
+WINDOW = 8
+_PROMPT, _TEXTS = 6, (25, 13, 22, 9)  # longer than three windows
+
+
+def differs(base: Base) -> str | None:
+    """None if packed passes are exact for this base, or why not. Collective when the base is sharded."""
+    return small_copy_differs(base.model.config) or _weights_differ(base)
+
+
+def make_packed(base: Base) -> None:
+    """Use packed passes from now on. Only for a base that does not differ, on any rank."""
+    attention.install(base.model)
+    base.is_packed = True
+
+
+def small_copy_differs(config: PretrainedConfig) -> str | None:
+    """Compare both passes on a small random model of the same config; None, or how they differ."""
+    state = torch.random.get_rng_state()
+    try:
+        torch.manual_seed(0)
+        model = small_copy(config)
+        error = gradient_error(model)
+    except Exception as error:  # whatever a model does with arguments it does not know: it is not packed then
+        return f"{config.model_type}: the packed pass fails ({type(error).__name__}: {str(error)[:200]})"
+    finally:
+        torch.random.set_rng_state(state)
+    if error is None:
+        return f"{config.model_type}: its attention does not go through transformers' attention registry"
+    return None if error <= TOLERANCE else f"{config.model_type}: packed and padded passes differ by {error:.1e}"
+
+
+def small_copy(config: PretrainedConfig) -> PreTrainedModel:
+    """A random float32 model with the config's kinds of layers, two of each in their order, and small sizes."""
+    small = copy.deepcopy(config.get_text_config())
+    kinds: list[str] | None = getattr(small, "layer_types", None)
+    depth = min(small.num_hidden_layers, 2 if kinds is None else _layers_with_every_kind(kinds))
+    heads = small.num_attention_heads
+    groups = heads // (getattr(small, "num_key_value_heads", None) or heads)
+    small_heads = 2 * max(1, min(groups, 4)) if groups > 1 else 4
+    sizes = {
+        "num_hidden_layers": depth,
+        "vocab_size": 211,
+        "num_attention_heads": small_heads,
+        "num_key_value_heads": small_heads // min(groups, 4) if groups > 1 else small_heads,
+        "head_dim": 16,
+        "hidden_size": 16 * small_heads,
+        "intermediate_size": 96,
+        "ffn_dim": 96,
+        "word_embed_proj_dim": 16 * small_heads,
+        "max_position_embeddings": 128,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "pad_token_id": 0,
+    }
+    for name, value in sizes.items():
+        if getattr(small, name, None) is not None:
+            with contextlib.suppress(AttributeError):  # a property of the others, in some configs
+                setattr(small, name, value)
+    if kinds is not None:
+        small.layer_types = kinds[:depth]
+    for name in ("sliding_window", "attention_chunk_size"):
+        if getattr(small, name, None) is not None:
+            setattr(small, name, WINDOW)
+    small._attn_implementation = config._attn_implementation
+    model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():  # sinks and biases start at 0, where a mistake would not show
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.requires_grad_(False).eval()
+
+
+def gradient_error(model: PreTrainedModel) -> float | None:
+    """Largest relative error of target logits and prompt gradient, packed against padded; None if never called."""
+    hidden = model.get_input_embeddings().embedding_dim
+    prompt_PH = nn.Parameter(torch.randn(_PROMPT, hidden) * 0.1)
+    other_PH = nn.Parameter(torch.randn(_PROMPT - 2, hidden) * 0.1)
+    ids = [torch.randint(1, 200, (length,)).tolist() for length in _TEXTS]
+    prompts = [prompt_PH, prompt_PH, other_PH, None]
+    rows = [Row(p, text, len(text) - 1 if p is None else len(text)) for p, text in zip(prompts, ids, strict=True)]
+    want = _results(model, rows, [prompt_PH, other_PH], is_packed=False)
+    before = attention.num_calls()
+    attention.install(model)
+    got = _results(model, rows, [prompt_PH, other_PH], is_packed=True)
+    if attention.num_calls() == before:
+        return None
+    return max(float((g - w).norm() / w.norm()) for g, w in zip(got, want, strict=True))
+
+
+def _results(
+    model: PreTrainedModel, rows: Sequence[Row], prompts: Sequence[nn.Parameter], *, is_packed: bool
+) -> list[Tensor]:
+    """Logits at targets, then the gradient of their likelihood in each prompt."""
+    joined = packed.join if is_packed else padded.join
+    embeds, at_M, arguments = joined(rows, model.get_input_embeddings(), torch.float32, torch.device("cpu"))
+    logits_MV = logits_at(model, embeds, at_M, **arguments)
+    targets = torch.tensor([token for row in rows for token in row.ids[len(row.ids) - row.num_targets :]])
+    nn.functional.cross_entropy(logits_MV, targets).backward()
+    gradients = [prompt.grad for prompt in prompts]
+    for prompt in prompts:
+        prompt.grad = None
+    return [logits_MV.detach(), *(gradient for gradient in gradients if gradient is not None)]
+
+
+def _layers_with_every_kind(kinds: Sequence[str]) -> int:
+    """The shortest beginning that has each kind, at least two layers."""
+    return max(2, 1 + max(kinds.index(kind) for kind in set(kinds)))
+
+
+def _weights_differ(base: Base) -> str | None:
+    """One short batch through the real weights: packing may differ by what batching alone does, times three."""
+    draw = torch.Generator().manual_seed(0)
+    prompt_PH = torch.rand(_PROMPT, base.hidden_size, generator=draw).sub(0.5).mul(0.1).to(base.device)
+    ids = [torch.randint(0, base.vocab_size, (length,), generator=draw).tolist() for length in _TEXTS[:2]]
+    rows = [Row(prompt_PH, text, 1) for text in ids]
+    base.eval()
+    with torch.no_grad():
+        alone = torch.cat([padded.target_logits(base, [row]) for row in rows])
+        together = padded.target_logits(base, rows)
+        name = base.model.config._attn_implementation
+        attention.install(base.model)
+        got = packed.target_logits(base, rows)
+        base.model.config._attn_implementation = name
+    base.train()
+    allowed = 3 * float((together - alone).norm()) + TOLERANCE * float(alone.norm())
+    error = float((got - alone).norm())
+    return None if error <= allowed else f"packed logits differ by {error:.2e}, batching alone by {allowed / 3:.2e}"
