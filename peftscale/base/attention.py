@@ -34,7 +34,7 @@ class Layout:
     positions_1T: Tensor
     """Each token's own position: prompts from 0, an example from the length of its prompt."""
     prompts_KP: Tensor
-    """Index into the row; padding points at token 0 and is masked."""
+    """Index into the row, of prompts that have a token; padding points at the part's own first token and is masked."""
     examples_NE: Tensor
     keys_NS: Tensor
     """The prompt's, then the example's own; S = P + E."""
@@ -77,42 +77,46 @@ def layout(
         owners: which prompt each example stands behind.
         device: of the row.
     """
-    lengths = torch.tensor([*prompt_lengths, *example_lengths])
-    starts = lengths.cumsum(0) - lengths
-    num_prompts = len(prompt_lengths)
+    prompt_K, example_N = torch.tensor(prompt_lengths), torch.tensor(example_lengths)
     owner_N = torch.tensor(owners)
-    prompt_length_N = lengths[:num_prompts][owner_N]
-    prompts_KP, prompt_ok = _grid(starts[:num_prompts], lengths[:num_prompts])
-    examples_NE, example_ok = _grid(starts[num_prompts:], lengths[num_prompts:])
-    width = prompts_KP.shape[1]
-    p_P, e_E = torch.arange(width), torch.arange(examples_NE.shape[1])
-    query_NE = prompt_length_N[:, None] + e_E
-    key_NS = torch.cat([p_P.expand(len(owners), -1), query_NE], dim=1)
-    key_ok = torch.cat([prompt_ok[owner_N], example_ok], dim=1)
+    starts = torch.cat([prompt_K, example_N]).cumsum(0) - torch.cat([prompt_K, example_N])
+    prompt_starts, example_starts = starts[: len(prompt_K)], starts[len(prompt_K) :]
+    there = prompt_K > 0
+    prompts_KP, prompt_ok = _grid(prompt_starts[there], prompt_K[there])
+    examples_NE, example_ok = _grid(example_starts, example_N)
+    p_P, e_E = torch.arange(int(prompt_K.max())), torch.arange(int(example_N.max()))
+    behind_NP = p_P < prompt_K[owner_N][:, None]
+    prompt_keys_NP = torch.where(behind_NP, prompt_starts[owner_N][:, None] + p_P, example_starts[:, None])
+    query_NE = prompt_K[owner_N][:, None] + e_E
+    key_NS = torch.cat([p_P.expand(len(owner_N), -1), query_NE], dim=1)
+    key_ok = torch.cat([behind_NP, example_ok], dim=1)
     never = -1
     distance_NES = torch.where(key_ok[:, None], query_NE[:, :, None] - key_NS[:, None], never)
     distance_KPP = torch.where(prompt_ok[:, None], p_P[None, :, None] - p_P[None, None], never)
-    flat = torch.cat([prompt_ok.flatten(), example_ok.flatten()]).nonzero()[:, 0]
     positions = [torch.arange(n) for n in prompt_lengths]
-    positions += [int(at) + torch.arange(n) for at, n in zip(prompt_length_N, example_lengths, strict=True)]
+    positions += [int(prompt_K[k]) + torch.arange(n) for k, n in zip(owners, example_lengths, strict=True)]
     return Layout(
         tuple(prompt_lengths),
         tuple(example_lengths),
         torch.cat(positions)[None].to(device),
         prompts_KP.to(device),
         examples_NE.to(device),
-        torch.cat([prompts_KP[owner_N], examples_NE], dim=1).to(device),
-        flat.to(device),
+        torch.cat([prompt_keys_NP, examples_NE], dim=1).to(device),
+        torch.cat([prompt_ok.flatten(), example_ok.flatten()]).nonzero()[:, 0].to(device),
         distance_NES.to(device),
         distance_KPP.to(device),
     )
 
 
 def _grid(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Row indices of parts, padded with token 0 to the longest, and which of them are real."""
+    """Row indices of parts, padded to the longest, and which of them are real.
+
+    Padding points at the part's own first token: what is not finite in one adapter must not reach another, and even
+    a value that a mask takes out would, as 0 * NaN in backward.
+    """
     steps = torch.arange(int(lengths.max()) if len(lengths) else 0)
     is_real = steps[None] < lengths[:, None]
-    return torch.where(is_real, starts[:, None] + steps, 0), is_real
+    return torch.where(is_real, starts[:, None] + steps, starts[:, None]), is_real
 
 
 def packed_attention(
@@ -156,7 +160,7 @@ def _take(states_TAD: Tensor, index_NS: Tensor) -> Tensor:
     """(N, heads, S, D)."""
     # index_select, not advanced indexing: its backward adds whole rows, which is ten times faster on a CPU.
     picked = states_TAD.index_select(0, index_NS.flatten())
-    return picked.unflatten(0, index_NS.shape).transpose(1, 2)
+    return picked.view(*index_NS.shape, *picked.shape[1:]).transpose(1, 2)
 
 
 def _attend(

@@ -84,6 +84,8 @@ def small_copy(config: PretrainedConfig) -> PreTrainedModel:
     for name in ("sliding_window", "attention_chunk_size"):
         if getattr(small, name, None) is not None:
             setattr(small, name, WINDOW)
+    if getattr(small, "attn_logit_softcapping", None) is not None:
+        small.attn_logit_softcapping = 0.05  # scores of a small model are small: under its own cap of 50 nothing bends
     small._attn_implementation = config._attn_implementation
     model = AutoModelForCausalLM.from_config(small, dtype=torch.float32)
     with torch.no_grad():

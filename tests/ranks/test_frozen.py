@@ -24,7 +24,7 @@ from peftscale.config import RunConfig
 from peftscale.data import tasks
 from peftscale.data.batches import Item, training_items
 from peftscale.data.tasks import TaskData
-from peftscale.train import evaluate, step
+from peftscale.train import evaluate, step, worker
 from peftscale.train.optim import AdapterOptimizer
 
 pytestmark = pytest.mark.ranks
@@ -42,6 +42,8 @@ class Setup:
 
     def __init__(self, cfg: RunConfig, sharding: Any) -> None:
         self.base: Base = load.load(cfg.base, sharding=sharding, device=torch.device("cpu"))
+        worker.choose_packing(cfg, self.base)
+        assert self.base.is_packed == (cfg.train.packing == "auto")
         self.cohort: Cohort = adapters.build(cfg, self.base)
         self.task: TaskData = tasks.load(cfg.task, self.base.tokenizer, max_tokens=100)
         self.optimizers = {name: AdapterOptimizer(a.parameters(), cfg.train) for name, a in self.cohort.items()}
@@ -148,7 +150,7 @@ def test_after_step_evaluation_step_every_adapter_moved_twice_and_no_byte_of_the
 
 
 def test_a_replicated_base_does_not_change_either(tmp_path: Path) -> None:
-    cfg = tiny.run_config(tmp_path, adapters=TWO)
+    cfg = tiny.run_config(tmp_path, adapters=TWO, **{"train.packing": "off"})
     _assert_only_adapters_moved(_step_evaluation_step(cfg, "replicated"))
 
 
@@ -191,10 +193,10 @@ def test_reduced_bytes_are_the_adapters_and_gathered_bytes_the_plan_s_to_the_byt
             tmp_path,
             base=tmp_path / name if (tmp_path / name).exists() else tiny.save_base(tmp_path / name, config),
             adapters=TWO,
-            **{"base.quantization": quantization},
+            **{"base.quantization": quantization, "train.packing": packing},
         )
         for name, config in BASES.items()
-        for quantization in ("nf4", "int8", "none")
+        for quantization, packing in (("nf4", "auto"), ("int8", "off"), ("none", "auto"))
     ]
     for of_rank in run_ranks(_traffic, 3, tmp_path / "ranks", cfgs):
         for cfg, of_steps in zip(cfgs, of_rank, strict=True):
@@ -205,7 +207,7 @@ def test_reduced_bytes_are_the_adapters_and_gathered_bytes_the_plan_s_to_the_byt
                 assert seen["gathered"] == planned.gathered_bytes_per_step, (cfg.base, index)
                 assert 0 < seen["control"] <= 64 * len(TWO), cfg.base
                 assert seen["checks"] == 0 or index < 2, cfg.base  # DeepSpeed compares its traces at the beginning
-            assert [seen["passes"] for seen in of_steps] == [1, 1, 1, 2]
+            assert [seen["passes"] for seen in of_steps[:3]] == [1, 1, 1] and of_steps[3]["passes"] > 1
 
 
 def _traffic_with_an_unfrozen_norm(cfg: RunConfig) -> int:

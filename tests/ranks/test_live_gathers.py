@@ -17,7 +17,7 @@ from peftscale.base import load, shard
 from peftscale.config import RunConfig
 from peftscale.data import tasks
 from peftscale.data.batches import training_items
-from peftscale.train import comm, evaluate, step
+from peftscale.train import comm, evaluate, step, worker
 from peftscale.train.comm import Call
 from peftscale.train.optim import AdapterOptimizer
 
@@ -99,6 +99,7 @@ def _watch_with_deepspeeds_defaults(cfg: RunConfig, most: int) -> dict[str, Any]
 def _watch_a_run(cfg: RunConfig, most: int, *, num_steps: int) -> dict[str, Any]:
     """Steps of one pass, an evaluation, one more step of several; what was alive after each half of each pass."""
     base = load.load(cfg.base, sharding="world", device=torch.device("cpu"))
+    worker.choose_packing(cfg, base)
     cohort = adapters.build(cfg, base)
     task = tasks.load(cfg.task, base.tokenizer, max_tokens=100)
     optimizers = {name: AdapterOptimizer(adapter.parameters(), cfg.train) for name, adapter in cohort.items()}
@@ -142,9 +143,19 @@ def test_no_gathered_weight_outlives_its_pass_and_two_units_are_the_most(tmp_pat
     base = tiny.save_base(tmp_path / "base", DEEP)
     cfgs = [
         tiny.run_config(
-            tmp_path, base=base, **{"base.quantization": quantization, "base.checkpoint_activations": is_checkpointed}
+            tmp_path,
+            base=base,
+            **{
+                "base.quantization": quantization,
+                "base.checkpoint_activations": is_checkpointed,
+                "train.packing": packing,
+            },
         )
-        for quantization, is_checkpointed in (("nf4", False), ("nf4", True), ("none", False))
+        for quantization, is_checkpointed, packing in (
+            ("nf4", False, "auto"),
+            ("nf4", True, "auto"),
+            ("none", False, "off"),
+        )
     ]
     most = [_planned(cfg) for cfg in cfgs]
     for of_rank in run_ranks(_watch_runs, 2, tmp_path / "ranks", cfgs, most):

@@ -24,7 +24,7 @@ from peftscale.config import RunConfig
 from peftscale.data import tasks
 from peftscale.data.batches import plan_passes, training_items
 from peftscale.data.tasks import TaskData
-from peftscale.train import evaluate, step
+from peftscale.train import evaluate, step, worker
 
 pytestmark = pytest.mark.ranks
 
@@ -66,6 +66,7 @@ def _all(choosing: Sequence[RunConfig], writing: RunConfig, sharding: str, end_i
 def _choose(cfg: RunConfig, sharding: str) -> dict[str, Any]:
     """Loss and gradient of the seven examples, labels of the five, and the gradient once more."""
     base = _load(cfg, sharding)
+    worker.choose_packing(cfg, base)
     cohort = adapters.build(cfg, base)
     task = tasks.load(cfg.task, base.tokenizer, max_tokens=MAX_TOKENS)
     items = [i for name, adapter in cohort.items() for i in training_items(name, adapter.length, task.train)]
@@ -140,7 +141,11 @@ def test_three_ranks_with_unequal_shares_end_and_give_the_results_of_one(
 ) -> None:
     base = tiny.save_base(tmp_path / "base", config)
     one_token = _run_config(tmp_path, base)
-    several = _run_config(tmp_path, base, **{"task.labels": {"bad": " not good at all", "good": " good"}})
+    several = _run_config(
+        tmp_path,
+        base,
+        **{"task.labels": {"bad": " not good at all", "good": " good"}, "train.packing": "off"},
+    )
     writing = _run_config(
         tmp_path,
         base,

@@ -11,8 +11,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from peftscale.base import linear
 from peftscale.facts import blob_bytes
 
-# Odd sizes, a group that is not full, more groups than one nested absmax holds, a single weight.
-SHAPES = [(64, 64), (7, 9), (33, 65), (1, 1), (300, 257), (128, 130)]
+# Odd sizes, a group that is not full, more groups than one nested absmax holds, a single weight, more weights than are
+# packed at once.
+SHAPES = [(64, 64), (7, 9), (33, 65), (1, 1), (300, 257), (128, 130), (601, 901)]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,81 @@
+"""Promise 12: a base takes packed passes only where they are exact; everything else is padded, and says why."""
+
+import families
+import pytest
+import torch
+from torch import Tensor
+
+from peftscale.base import attention, exactness
+
+PADDED = {"falcon", "bloom"}
+CONFIGS = families.configs()
+
+
+@pytest.mark.parametrize("family", sorted(set(CONFIGS) - PADDED))
+def test_the_packed_pass_is_exact_for(family: str) -> None:
+    assert exactness.small_copy_differs(CONFIGS[family]) is None
+    error = exactness.gradient_error(exactness.small_copy(CONFIGS[family]))
+    assert error is not None
+    assert error < 2e-6  # measured 2e-7 to 9e-7
+
+
+@pytest.mark.parametrize("family", sorted(PADDED))
+def test_a_family_that_bypasses_the_registry_is_padded_with_a_reason(family: str) -> None:
+    reason = exactness.small_copy_differs(CONFIGS[family])
+    assert reason is not None
+    assert "does not go through transformers' attention registry" in reason or "the packed pass fails" in reason
+
+
+def _ignoring(name: str) -> object:
+    """The packed attention without one of its arguments."""
+
+    def naive(*args: Tensor, **kwargs: object) -> tuple[Tensor, None]:
+        return attention.packed_attention(*args, **{**kwargs, name: None})  # type: ignore[arg-type]
+
+    return naive
+
+
+@pytest.mark.parametrize(
+    ("family", "argument"),
+    [
+        ("mistral with window", "sliding_window"),
+        ("qwen2 with window", "sliding_window"),
+        ("gemma2", "sliding_window"),
+        ("gemma2", "softcap"),
+        ("gemma3", "sliding_window"),
+        ("gpt_oss", "s_aux"),
+        ("gpt_oss", "sliding_window"),
+    ],
+)
+def test_an_attention_that_ignores_what_a_layer_asks_for_is_found_out(
+    family: str, argument: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control of the check itself: the naive function is silently wrong, and the base would be padded."""
+    registry = attention.AttentionInterface._global_mapping
+    monkeypatch.setitem(registry, attention.NAME, _ignoring(argument))
+    reason = exactness.small_copy_differs(CONFIGS[family])
+    assert reason is not None
+    assert "packed and padded passes differ by" in reason
+
+
+def test_the_check_leaves_the_random_state_and_the_config_alone() -> None:
+    config = CONFIGS["mistral with window"]
+    state, before = torch.random.get_rng_state(), config.to_dict()
+    exactness.small_copy_differs(config)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_padding_slot_never_reads_another_adapters_row(bad: int) -> None:
+    """Rows of NaN in one prompt reach that prompt and the examples behind it, in forward and in backward."""
+    lay = attention.layout([3, 5, 0], [4, 2, 6, 1], [0, 1, 0, 2], device=torch.device("cpu"))
+    rows = {0: [*range(0, 3), *range(8, 12), *range(14, 20)], 1: [*range(3, 8), 12, 13]}[bad]
+    states = torch.randn(1, 2, lay.num_tokens, 8)
+    states[:, :, rows[: 3 if bad == 0 else 5]] = float("nan")
+    states.requires_grad_()
+    out, _ = attention.packed_attention(torch.nn.Identity(), states, states, states, None, layout=lay)
+    assert out[0].isnan().any(-1).any(-1).nonzero()[:, 0].tolist() == rows
+    out.sum().backward()
+    assert states.grad is not None
+    assert states.grad[0].isnan().any(-1).any(0).nonzero()[:, 0].tolist() == rows
