@@ -1,7 +1,7 @@
 """An 11B-shaped base for real: packed from tensors that exist one at a time, sharded over two ranks, one training step.
 
-    python tests/bench/bench_11b.py                      # 2 blocks, a minute
-    python tests/bench/bench_11b.py --full bench.jsonl   # 50 blocks, 11.2e9 parameters, 7 GB of disk, 24 GiB of memory
+    python tests/bench/bench_11b.py                      # 2 blocks, half a minute
+    python tests/bench/bench_11b.py --full bench.jsonl   # 50 blocks, 11.2e9 parameters, 12 minutes, 7 GB of disk
 
 A random Llama with the dimensions of the 7-8B models (H 4096, F 14336, 32 heads, 8 of them for keys and values,
 vocabulary 32000) and as many blocks as make 11 billion. Its bfloat16 weights are never on disk: `base.pack` draws each
