@@ -1,6 +1,6 @@
 """The quickstart: tune a prompt on two sharded workers, then let it grade three sentences it has never seen.
 
-    python launch/quickstart.py [key=value ...]
+python launch/quickstart.py [key=value ...]
 """
 
 import sys

@@ -1,5 +1,6 @@
 """Promise 9: a run that was stopped goes on as if nothing had happened, on any number of ranks."""
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -31,10 +32,8 @@ def _train(cfg: RunConfig, stop_at: int | None) -> int:
             raise _Stopped
 
     cfg.run_dir.mkdir(parents=True, exist_ok=True)
-    try:
+    with contextlib.suppress(_Stopped):
         worker.main(cfg, report)
-    except _Stopped:
-        pass
     return reported[-1]
 
 
