@@ -3,8 +3,8 @@
     python tests/bench/bench_step.py [SST2_DIRECTORY IMDB_JSONL_GZ]
 
 Base: a random float32 Llama (hidden 512, 8 layers, grouped heads) with a head of 32,000 rows, not quantised, so that
-both sides multiply the same matrices. A step is forward and backward of one batch: SST-2 with 32 examples, IMDB with 8 of
-up to 512 tokens, prompts of 20 and 100 tokens. Sides take turns in one process; medians of 7 after one untimed turn.
+both sides multiply the same matrices. A step is forward and backward of one batch: SST-2 with 32 examples, IMDB with 8
+of up to 512 tokens, prompts of 20 and 100 tokens. Sides take turns in one process; medians of 7 after one untimed turn.
 Peak memory is measured in a process of its own for each side. Prints a table and appends one BenchRecord a row. The
 data sets are not part of the project: without them the benchmark says so and ends.
 """
