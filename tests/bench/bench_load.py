@@ -207,7 +207,9 @@ def _record(name: str, cfg: RunConfig, ranks: list[Measured], planned: dict[str,
         name=name,
         config_fingerprint=configio.fingerprint(cfg),
         measured={**measured, "packed_bytes": world.packed_bytes, "bound_bytes": _bound(world)},
-        planned={
+        planned={}
+        if name == "load_transformers"
+        else {
             "load_peak_bytes": own.slice_bytes + own.gathered_units_bytes,
             "held_bytes": own.slice_bytes,
             "step_peak_bytes": own.peak_rank_bytes,
