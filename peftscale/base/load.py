@@ -123,8 +123,7 @@ def load(
     host_memory.return_freed()
     model_dir = resolve(cfg.model, cfg.revision, with_weights=cfg.pack_dir is None)
     compute_dtype: torch.dtype = getattr(torch, cfg.compute_dtype)
-    config = read_config(model_dir)
-    skeleton = build(config, quantization=cfg.quantization, compute_dtype=compute_dtype, where=cfg.model)
+    skeleton = make_skeleton(cfg, model_dir)
     tokenizer = load_tokenizer(model_dir)  # before hours of packing
     directory = cfg.pack_dir or pack.ensure(
         model_dir, skeleton, quantization=cfg.quantization, compute_dtype=compute_dtype
@@ -154,6 +153,16 @@ def load(
     )
 
 
+def make_skeleton(cfg: BaseConfig, model_dir: Path) -> Skeleton:
+    """The base without its weights, made in a second: whoever calls it first learns whether it can be trained at all.
+
+    Raises:
+        ModelError: the architecture is not supported, with the reason.
+    """
+    compute_dtype: torch.dtype = getattr(torch, cfg.compute_dtype)
+    return build(read_config(model_dir), quantization=cfg.quantization, compute_dtype=compute_dtype, where=cfg.model)
+
+
 def pack_ahead(cfg: BaseConfig, out: Path | None) -> dict[str, str | int]:
     """Pack a base into `out`, or into the cache, and say what came of it.
 
@@ -163,8 +172,7 @@ def pack_ahead(cfg: BaseConfig, out: Path | None) -> dict[str, str | int]:
     host_memory.return_freed()
     model_dir = resolve(cfg.model, cfg.revision, with_weights=True)
     compute_dtype: torch.dtype = getattr(torch, cfg.compute_dtype)
-    config = read_config(model_dir)
-    skeleton = build(config, quantization=cfg.quantization, compute_dtype=compute_dtype, where=cfg.model)
+    skeleton = make_skeleton(cfg, model_dir)
     if out is None:
         directory = pack.ensure(model_dir, skeleton, quantization=cfg.quantization, compute_dtype=compute_dtype)
     elif out.exists():

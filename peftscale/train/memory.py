@@ -19,14 +19,17 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._before = _private_bytes()
-        self._highest = self._before
         self._stop = threading.Event()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self._before = torch.cuda.memory_allocated(device)
-        else:
+        self.restart()
+        if device.type != "cuda":
             threading.Thread(target=self._sample, daemon=True, name="peak-memory").start()
+
+    def restart(self) -> None:
+        """Measure from now on, over what the process holds now."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._highest = _private_bytes()
+        self._before = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else self._highest
 
     def _sample(self) -> None:
         while not self._stop.wait(_INTERVAL_S):

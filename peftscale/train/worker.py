@@ -84,6 +84,7 @@ def open_job(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, repo
     """
     planned = make_plan(cfg, device)
     task = _load_task(cfg)  # before the base: a wrong label is known in seconds, packing may take an hour
+    peak.restart()  # data and its libraries are not the base's
     base = base_load.load(
         cfg.base, sharding=planned.sharding, device=device, prefetch_elements=planned.prefetch_elements
     )
@@ -120,6 +121,7 @@ def choose_packing(cfg: RunConfig, base: Base) -> str | None:
 
 def _load_task(cfg: RunConfig) -> TaskData:
     model_dir = base_load.resolve(cfg.base.model, cfg.base.revision, with_weights=False)
+    base_load.make_skeleton(cfg.base, model_dir)  # a base that cannot be trained is said first
     positions = facts.load(model_dir).max_positions
     longest = max(adapter.length for adapter in cfg.adapters.values())
     room = None if positions is None else positions - longest
