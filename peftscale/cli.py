@@ -92,7 +92,7 @@ def plan(
     machines = [planning.Hardware.parse(name) for name in hardware or []] or [planning.detect()]
     base_facts = facts.load(_config_dir(cfg.base.model, cfg.base.revision))
     plans = [
-        planning.make(cfg, base_facts, machine, world=machine.num_devices if hardware else max(1, cfg.cluster.workers))
+        planning.make(cfg, base_facts, machine, world=None if hardware else max(1, cfg.cluster.workers))
         for machine in machines
     ]
     if as_json:
@@ -118,7 +118,8 @@ def evaluate(
     if split not in ("train", "validation", "test"):
         raise ConfigError(f"--split: must be train, validation or test, got {split!r}")
     cfg = configio.load(run_file, overrides or [])
-    result = driver.evaluate(cfg, driver.adapter_dirs(cfg, adapter), split)
+    directories = driver.adapter_dirs(cfg, adapter)
+    result = driver.evaluate(driver.with_task_of(cfg, directories), directories, split)
     for note in result["notes"]:
         report.note(note)
     if as_json:
@@ -143,8 +144,10 @@ def generate(
     from peftscale import configio, driver, report
 
     cfg = configio.load(run_file, overrides or [])
+    directories = driver.adapter_dirs(cfg, adapter)
+    cfg = driver.with_task_of(cfg, directories)
     rows = driver.input_rows(cfg, text or [], row or [])
-    result = driver.generate(cfg, driver.adapter_dirs(cfg, adapter), rows)
+    result = driver.generate(cfg, directories, rows)
     for note in result["notes"]:
         report.note(note)
     if as_json:
@@ -186,8 +189,8 @@ def pack(
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON schema of run files, for editors."""
+def schema(as_json: AsJson = False) -> None:
+    """Print the JSON schema of run files, for editors. It is one JSON object with and without --json."""
     from peftscale import configio, report
 
     report.show_json(configio.schema())

@@ -5,6 +5,8 @@ The rules themselves are `config`; reading the file is `configio`.
 """
 
 import difflib
+import functools
+import operator
 import re
 import types
 from collections.abc import Iterable, Mapping
@@ -14,10 +16,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from peftscale.config import RunConfig
+from peftscale.config import RunConfig, TrainConfig
 
 Keys = tuple[str, ...]
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
+_OF_ADAPTER = re.compile(r"^adapters\.(\S+?)\.([a-z_]+(?:\.[a-z_]+)*): (.+)$")
 _OWN_KEYS = re.compile(r"^([a-z_]+(?:, [a-z_]+)*): (.+)$", re.DOTALL)
 
 
@@ -27,6 +30,8 @@ class Problems:
     def __init__(self) -> None:
         self.typed: dict[Keys, str] = {}
         """Overrides that were applied, by their keys: a problem there names the override."""
+        self.products: dict[str, str] = {}
+        """Adapters that a product made -> the adapter that was typed: a problem there is told once, where it stands."""
         self._lines: dict[str, str] = {}
 
     def __bool__(self) -> bool:
@@ -34,6 +39,8 @@ class Problems:
 
     def add(self, keys: Keys | str, text: str) -> None:
         """Note `text` for a key, or for a place that has a name of its own."""
+        if keys[0:1] == ("adapters",) and len(keys) > 1:
+            keys = ("adapters", self.products.get(keys[1], keys[1]), *keys[2:])
         name = keys if isinstance(keys, str) else ".".join(keys)
         for typed, override in self.typed.items():
             if not isinstance(keys, str) and (keys[: len(typed)] == typed or typed[: len(keys)] == keys != ()):
@@ -78,7 +85,7 @@ def unknown(keys: Keys) -> str | None:
     for depth, key in enumerate(keys):
         fields = _fields(annotation)
         if fields and key not in fields:
-            return f"unknown key {'.'.join(keys[: depth + 1])}{close_to(key, fields)}"
+            return f"unknown key {'.'.join(keys[: depth + 1])}{_of_the_run(keys[:depth], key) or close_to(key, fields)}"
         child = _child(annotation, key)
         if child is None:
             return f"{'.'.join(keys[:depth])} holds a value, not keys; write {'.'.join(keys[:depth])}=VALUE"
@@ -95,6 +102,16 @@ def holds_text(keys: Keys) -> tuple[bool, bool]:
     return bool(text) and all(kind in (str, Path) or _words(kind) for kind in text), optional
 
 
+def words_of(keys: Keys) -> tuple[Any, ...]:
+    """The words among which the key's value is one; nothing for a key of another kind."""
+    return tuple(word for kind in _members(_at(keys)[0]) for word in _words(kind))
+
+
+def takes_list(keys: Keys) -> bool:
+    """Whether the key holds a list by itself, so that a list there is one value and no product."""
+    return any(get_origin(kind) in (tuple, list) for kind in _members(_at(keys)[0]))
+
+
 def collect(error: ValidationError, raw: Mapping[str, Any], problems: Problems) -> None:
     """Add each pydantic error to `problems`. `raw` is what was checked."""
     items = error.errors(include_url=False)
@@ -103,13 +120,17 @@ def collect(error: ValidationError, raw: Mapping[str, Any], problems: Problems) 
         keys, value, context = _typed_keys(item["loc"], raw), item["input"], item.get("ctx", {})
         if item["type"] == "value_error":
             # Our own validators begin with the key or keys that they mean.
-            text = str(context["error"])
-            named = _OWN_KEYS.match(text)
-            if named:
-                where = ", ".join(".".join((*keys, key)) for key in named[1].split(", "))
-                problems.add((*keys, named[1]) if ", " not in named[1] else where, named[2])
-            else:
-                problems.add(keys, text)
+            for text in str(context["error"]).splitlines():
+                if of_adapter := _OF_ADAPTER.match(text):  # of the whole run: its keys are whole
+                    problems.add(("adapters", of_adapter[1], *of_adapter[2].split(".")), of_adapter[3])
+                elif named := _OWN_KEYS.match(text):
+                    where = ", ".join(".".join((*keys, key)) for key in named[1].split(", "))
+                    problems.add((*keys, named[1]) if ", " not in named[1] else where, named[2])
+                else:
+                    problems.add(keys, text)
+        elif item["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            tag_keys = (*keys, context["discriminator"].strip("'"))
+            problems.add(tag_keys, _wrong_tag(context, tag_keys))
         elif item["type"] == "missing":
             # A key that is there under a slip of the pen is one problem, not two.
             if any(
@@ -120,11 +141,29 @@ def collect(error: ValidationError, raw: Mapping[str, Any], problems: Problems) 
             problems.add(keys, f"missing; {_meaning(keys)}")
         elif item["type"] == "extra_forbidden":
             annotation, _ = _at(keys[:-1])
-            problems.add(keys, f"unknown key{close_to(keys[-1], _fields(annotation))}")
+            rest = _of_the_run(keys[:-1], keys[-1]) or close_to(keys[-1], _fields(annotation))
+            problems.add(keys, f"unknown key{rest}")
         else:
             problems.add(
                 keys, f"{_rule(item['type'], context, item['msg'], keys)}, got {shown(value)}{_advice(item, keys)}"
             )
+
+
+def _of_the_run(section: Keys, key: str) -> str:
+    """What to say of a key of `train` that an adapter cannot have for itself. Nothing for any other key."""
+    if section[:1] == ("adapters",) and section[2:] == ("train",) and key in TrainConfig.model_fields:
+        return f": it belongs to the pass or the run, which all adapters share; write train.{key}"
+    return ""
+
+
+def _wrong_tag(context: Mapping[str, Any], keys: Keys) -> str:
+    """The key that says which kind a section is of is missing or holds another word."""
+    if "tag" not in context:
+        return f"missing; {_meaning(keys)}"
+    words = [word.strip("'") for word in context["expected_tags"].split(", ")]
+    nearest = _nearest(context["tag"], words)
+    advice = f"; did you mean '{nearest}'?" if nearest else ""
+    return f"must be {' or '.join(map(repr, words))}, got {shown(context['tag'])}{advice}"
 
 
 def _rule(kind: str, context: Mapping[str, Any], message: str, keys: Keys) -> str:
@@ -142,10 +181,6 @@ def _rule(kind: str, context: Mapping[str, Any], message: str, keys: Keys) -> st
             return f"must be < {context['lt']:g}"
         case "literal_error":
             return f"must be {context['expected']}"
-        case "union_tag_invalid":
-            return f"{context['discriminator']} must be {context['expected_tags']}"
-        case "union_tag_not_found":
-            return f"needs {context['discriminator']}"
         case "too_short":
             return f"needs at least {context['min_length']}"
         case "string_pattern_mismatch":
@@ -173,8 +208,7 @@ def _advice(item: Any, keys: Keys) -> str:
     value = item["input"]
     match item["type"]:
         case "literal_error" if isinstance(value, str):
-            words = [str(word) for kind in _members(_at(keys)[0]) for word in _words(kind)]
-            nearest = _nearest(value, words)
+            nearest = _nearest(value, map(str, words_of(keys)))
             return f"; did you mean '{nearest}'?" if nearest else ""
         case "string_type" if isinstance(value, bool | int | float):
             return "; put it in quotes"
@@ -191,7 +225,8 @@ def _typed_keys(loc: tuple[int | str, ...], raw: Any) -> Keys:
     keys: list[str] = []
     for position, key in enumerate(loc):
         is_last = position == len(loc) - 1
-        if key == "[key]" or (isinstance(raw, Mapping) and key not in raw and not is_last):
+        is_mark = isinstance(raw, Mapping) and ((key not in raw and not is_last) or raw.get("kind") == key)
+        if key == "[key]" or is_mark:
             continue
         keys.append(str(key))
         if isinstance(raw, Mapping):
@@ -230,9 +265,9 @@ def _at(keys: Keys) -> tuple[Any, str | None]:
 
 
 def _child(annotation: Any, key: str) -> tuple[Any, str | None] | None:
-    fields = _fields(annotation)
-    if key in fields:
-        return fields[key].annotation, fields[key].description
+    found = [model.model_fields[key] for model in _models(annotation) if key in model.model_fields]
+    if found:  # a key of several kinds may hold what any of them takes
+        return functools.reduce(operator.or_, [field.annotation for field in found]), found[0].description
     for kind in _members(annotation):
         if get_origin(kind) is dict:
             return get_args(kind)[1], None
@@ -243,8 +278,12 @@ def _child(annotation: Any, key: str) -> tuple[Any, str | None] | None:
 
 def _fields(annotation: Any) -> dict[str, FieldInfo]:
     """The keys of a section; those of every member where it is a union."""
-    models = [kind for kind in _members(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
-    return {name: field for model in models for name, field in model.model_fields.items()}
+    return {name: field for model in _models(annotation) for name, field in model.model_fields.items()}
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that may stand there."""
+    return [kind for kind in _members(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
 def _members(annotation: Any) -> list[Any]:

@@ -13,6 +13,8 @@ Quantization = Literal["nf4", "int8", "none"]
 ComputeDtype = Literal["bfloat16", "float32"]
 Sharding = Literal["auto", "replicated", "world"]
 Metric = Literal["accuracy", "macro_f1", "exact_match"]
+Optimizer = Literal["adamw", "adafactor"]
+Schedule = Literal["constant", "linear", "cosine"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
@@ -39,45 +41,6 @@ class BaseConfig(Frozen):
     """Keep one activation a block and compute the rest again in backward: less memory, about a third more time."""
     pack_dir: Path | None = None
     """A directory written by `peftscale pack`. Without it the base is packed once into the user's cache."""
-
-
-class SoftPromptConfig(Frozen):
-    """One trainable matrix in front of the input embeddings (Lester et al. 2021, section 2)."""
-
-    kind: Literal["prompt"]
-    length: PositiveInt
-    """Virtual tokens, P. The saved file is P * H * 4 bytes and a header: 1.6 MB for P=100, H=4096."""
-    init: Literal["random", "vocabulary", "text", "labels"]
-    """Where the rows start: U(-0.5, 0.5), frequent embeddings, an embedded sentence, embedded label words."""
-    init_text: str | None = None
-    """The sentence, repeated or cut to `length` tokens. Required by init='text', refused otherwise."""
-    init_labels: tuple[str, ...] = ()
-    """Label words, one row each. Required by init='labels', refused otherwise."""
-    init_top: PositiveInt = 5000
-    """Sampled rows are drawn among token ids 0 .. init_top-1, the most frequent ones (cut to the vocabulary)."""
-    seed: NonNegativeInt | None = None
-    """Of this adapter's start and order of examples; the run's `seed` where it is left out."""
-
-    @model_validator(mode="after")
-    def text_exactly_when_asked_for(self) -> Self:
-        if (self.init == "text") != (self.init_text is not None):
-            raise ValueError(
-                f"init_text: must be given exactly when init is 'text'; got init={self.init!r} and "
-                f"{'no init_text' if self.init_text is None else 'an init_text'}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def labels_exactly_when_asked_for(self) -> Self:
-        if (self.init == "labels") != bool(self.init_labels):
-            raise ValueError(
-                f"init_labels: must be given exactly when init is 'labels'; "
-                f"got init={self.init!r} and {len(self.init_labels)} label(s)"
-            )
-        return self
-
-
-AdapterConfig = SoftPromptConfig
 
 
 class DataFiles(Frozen):
@@ -151,12 +114,12 @@ class TrainConfig(Frozen):
     packing: Literal["auto", "off"] = "auto"
     """auto: one row of all prompts and texts, each prompt computed once, where that is exact for the base (it is
     checked); off: one padded row an example, the reference."""
-    optimizer: Literal["adamw", "adafactor"]
+    optimizer: Optimizer
     """adafactor is the recipe of Lester et al. 2021: no parameter scaling, not factored, update clipped at RMS 1."""
     learning_rate: PositiveFloat
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """adamw: multiplied by the rate, as in torch. adafactor: not multiplied by it, as in T5X (1e-5 there)."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Schedule = "constant"
     """The rate after warm-up, down to zero at `steps` for linear and cosine."""
     warmup_steps: NonNegativeInt = 0
     clip_norm: PositiveFloat | None = None
@@ -169,13 +132,126 @@ class TrainConfig(Frozen):
     early_stop: PositiveInt | None = None
     """Stop after this many evaluations in a row without a better first metric."""
     max_nonfinite_steps: PositiveInt = 10
-    """A step with a non-finite loss or gradient changes nothing and is counted; so many in a row end the run."""
+    """A step with a non-finite loss or gradient changes nothing and is counted; so many in a row stop the adapter."""
 
     @model_validator(mode="after")
     def warm_up_ends(self) -> Self:
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps: must be less than steps={self.steps}, got {self.warmup_steps}")
         return self
+
+
+class AdapterTrainConfig(Frozen):
+    """What one adapter does otherwise than the run's `train`. A key that is left out is the run's.
+
+    What belongs to a pass or to the whole run (micro-batches, packing, checkpoints) has no key here.
+    """
+
+    steps: PositiveInt | None = None
+    """The adapter leaves the cohort when they are taken; the others go on."""
+    examples_per_step: PositiveInt | None = None
+    optimizer: Optimizer | None = None
+    learning_rate: PositiveFloat | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    schedule: Schedule | None = None
+    warmup_steps: NonNegativeInt | None = None
+    clip_norm: Annotated[float, Field(ge=0)] | None = None
+    """0: not clipped, whatever the run's is."""
+    evaluate_every: PositiveInt | None = None
+    early_stop: NonNegativeInt | None = None
+    """0: never stopped early, whatever the run's is."""
+
+
+class AdapterSettings(Frozen):
+    """What every kind of adapter has.
+
+    In a run file each key of an adapter but `kind` and `task`, and each key of its `train`, may be a list: the
+    adapter then stands for the product of the lists, one adapter each, named by what varies (`sst2-p5-s0`).
+    """
+
+    seed: NonNegativeInt | None = None
+    """Of this adapter's start and order of examples; the run's `seed` where it is left out."""
+    task: TaskConfig | None = None
+    """Its own task; the run's where it is left out."""
+    train: AdapterTrainConfig | None = None
+    """What it does otherwise than the run's `train`."""
+
+
+class SoftPromptConfig(AdapterSettings):
+    """One trainable matrix in front of the input embeddings (Lester et al. 2021, section 2)."""
+
+    kind: Literal["prompt"]
+    length: PositiveInt
+    """Virtual tokens, P. The saved file is P * H * 4 bytes and a header: 1.6 MB for P=100, H=4096."""
+    init: Literal["random", "vocabulary", "text", "labels"]
+    """Where the rows start: U(-0.5, 0.5), frequent embeddings, an embedded sentence, embedded label words."""
+    init_text: str | None = None
+    """The sentence, repeated or cut to `length` tokens. Required by init='text', refused otherwise."""
+    init_labels: tuple[str, ...] = ()
+    """Label words, one row each. Required by init='labels', refused otherwise."""
+    init_top: PositiveInt = 5000
+    """Sampled rows are drawn among token ids 0 .. init_top-1, the most frequent ones (cut to the vocabulary)."""
+
+    @model_validator(mode="after")
+    def text_exactly_when_asked_for(self) -> Self:
+        if (self.init == "text") != (self.init_text is not None):
+            raise ValueError(
+                f"init_text: must be given exactly when init is 'text'; got init={self.init!r} and "
+                f"{'no init_text' if self.init_text is None else 'an init_text'}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def labels_exactly_when_asked_for(self) -> Self:
+        if (self.init == "labels") != bool(self.init_labels):
+            raise ValueError(
+                f"init_labels: must be given exactly when init is 'labels'; "
+                f"got init={self.init!r} and {len(self.init_labels)} label(s)"
+            )
+        return self
+
+
+class PrefixConfig(AdapterSettings):
+    """Trainable keys and values in front of those of every attention layer (Li and Liang 2021)."""
+
+    kind: Literal["prefix"]
+    length: PositiveInt
+    """Virtual tokens, P. The saved file is 2 * P * layers * key heads * head size * 4 bytes and a header."""
+    init: Literal["random", "zero", "text"]
+    """Where keys and values start: N(0, 1), zeros, or those that the base computes for a text."""
+    init_text: str | None = None
+    """The text, repeated or cut to `length` tokens. Required by init='text', refused otherwise."""
+    reparam: Literal["none", "mlp"] = "none"
+    """mlp: keys and values are what a small network makes of trained vectors; it is folded when the adapter is saved
+    and stays in the checkpoint."""
+    reparam_hidden_size: PositiveInt | None = None
+    """Hidden size of that network (512 and 800 in the paper). Required by reparam='mlp', refused otherwise."""
+
+    @model_validator(mode="after")
+    def text_exactly_when_asked_for(self) -> Self:
+        if (self.init == "text") != (self.init_text is not None):
+            raise ValueError(
+                f"init_text: must be given exactly when init is 'text'; got init={self.init!r} and "
+                f"{'no init_text' if self.init_text is None else 'an init_text'}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def network_exactly_when_asked_for(self) -> Self:
+        if (self.reparam == "mlp") != (self.reparam_hidden_size is not None):
+            raise ValueError(
+                f"reparam_hidden_size: must be given exactly when reparam is 'mlp'; got reparam={self.reparam!r} and "
+                f"{'no size' if self.reparam_hidden_size is None else self.reparam_hidden_size}"
+            )
+        if self.reparam == "mlp" and self.init == "text":
+            raise ValueError(
+                "init: 'text' gives keys and values, which the network of reparam='mlp' cannot start at; "
+                "set reparam to 'none' or init to 'random' or 'zero'"
+            )
+        return self
+
+
+AdapterConfig = Annotated[SoftPromptConfig | PrefixConfig, Field(discriminator="kind")]
 
 
 class ClusterConfig(Frozen):
@@ -199,17 +275,66 @@ class RunConfig(Frozen):
     """The run's directory in the storage. A name is used once."""
     seed: NonNegativeInt
     base: BaseConfig
-    adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], AdapterConfig] = Field(min_length=1)
+    adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], AdapterConfig] = Field(min_length=1)
+    """Trained together over the one base, each as if alone. Keys may be lists: see AdapterSettings. A dot in a name
+    comes from such a product; a name that is typed has none."""
     task: TaskConfig
     train: TrainConfig
     cluster: ClusterConfig
     track: tuple[Tracker, ...] = ()
     """Trackers beside metrics.jsonl, which is always written."""
 
+    @model_validator(mode="after")
+    def prefixes_are_packed(self) -> Self:
+        if self.train.packing == "off":
+            wrong = [
+                f"adapters.{name}.kind: a prefix needs packed passes, got train.packing='off'; set that to 'auto', or "
+                f"kind to 'prompt'"
+                for name, adapter in self.adapters.items()
+                if adapter.kind == "prefix"
+            ]
+            if wrong:
+                raise ValueError("\n".join(wrong))
+        return self
+
+    @model_validator(mode="after")
+    def every_warm_up_ends(self) -> Self:
+        wrong = []
+        for name in self.adapters:
+            of_adapter = self.adapter_train(name)
+            if of_adapter.warmup_steps >= of_adapter.steps:
+                wrong.append(
+                    f"adapters.{name}.train: warmup_steps={of_adapter.warmup_steps} must be less than "
+                    f"steps={of_adapter.steps}; what is not given there is the run's"
+                )
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        return self
+
     def adapter_seed(self, name: str) -> int:
         """The seed of one adapter: its own, or the run's."""
         own = self.adapters[name].seed
         return self.seed if own is None else own
+
+    def adapter_task(self, name: str) -> TaskConfig:
+        """The task of one adapter: its own, or the run's."""
+        return self.adapters[name].task or self.task
+
+    def adapter_train(self, name: str) -> TrainConfig:
+        """How one adapter is trained: the run's `train` with what the adapter has otherwise."""
+        own = self.adapters[name].train
+        if own is None:
+            return self.train
+        changes = {key: value for key, value in own if value is not None}
+        for key in ("clip_norm", "early_stop"):
+            if changes.get(key) == 0:
+                changes[key] = None
+        return self.train.model_copy(update=changes)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the cohort: until its last adapter has taken its own."""
+        return max(self.adapter_train(name).steps for name in self.adapters)
 
     @property
     def run_dir(self) -> Path:

@@ -7,6 +7,7 @@ in one go. Whether a model or a data set is usable is `facts` and `data`; here t
 import difflib
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,8 @@ from peftscale.config import RunConfig
 from peftscale.errors import ConfigError
 
 _DATA_FILES = (("task", "files", "train"), ("task", "files", "validation"), ("task", "files", "test"))
+_SHORT = {"length": "p", "seed": "s", "learning_rate": "lr", "weight_decay": "wd", "examples_per_step": "batch"}
+"""What a key is called in the name of an adapter that a product made; other keys keep their own name."""
 _MAY_BE_MADE = (("base", "pack_dir"), ("cluster", "storage"))
 _NOT_THE_RESULT: Any = {"name": True, "cluster": True, "track": True, "base": {"pack_dir"}}
 
@@ -48,6 +51,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     _override(conf, overrides, problems)
     raw = _plain(conf, (), problems)
     _take_paths_from(path.absolute().parent, raw, problems)
+    _expand(raw, problems)
     cfg: RunConfig | None = None
     try:
         cfg = from_json(json.dumps(raw))
@@ -90,18 +94,24 @@ def fingerprint(cfg: RunConfig) -> str:
     """
     data = cfg.model_dump(mode="json", exclude=_NOT_THE_RESULT)
     data["base"]["model"] = "/".join(Path(cfg.base.model).parts[-2:])
-    for split, file in (data["task"]["files"] or {}).items():
-        data["task"]["files"][split] = file and "/".join(Path(file).parts[-2:])
+    for task in (data["task"], *(adapter["task"] for adapter in data["adapters"].values())):
+        for split, file in ((task or {}).get("files") or {}).items():
+            task["files"][split] = file and "/".join(Path(file).parts[-2:])
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def schema() -> dict[str, Any]:
     """JSON schema of a run file, with the field docstrings as descriptions, for editors that check YAML."""
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        **RunConfig.model_json_schema(),
-        "title": "peftscale run file",
-    }
+    made = RunConfig.model_json_schema()
+    for name, section in made["$defs"].items():
+        if name != "AdapterTrainConfig" and not {"kind", "seed", "task", "train"} <= set(section["properties"]):
+            continue
+        for key, value in section["properties"].items():
+            if key in ("kind", "task", "train") or value.get("type") == "array":
+                continue
+            one = {word: value.pop(word) for word in list(value) if word not in ("description", "title", "default")}
+            value["anyOf"] = [one, {"type": "array", "items": one, "minItems": 1, "uniqueItems": True}]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made, "title": "peftscale run file"}
 
 
 def _read(path: Path) -> DictConfig:
@@ -183,7 +193,8 @@ def _value(keys: tuple[str, ...], typed: str) -> Any:
     """What was typed after the equals sign. Where the key holds text nothing is read into it (1e5, no, a: b)."""
     is_text, is_optional = complaints.holds_text(keys)
     is_quoted = len(typed) > 1 and typed[0] == typed[-1] and typed[0] in "'\""
-    if is_text and not is_quoted and not (is_optional and typed in ("null", "~")):
+    is_product = keys[0] == "adapters" and typed.startswith("[") and bool(complaints.words_of(keys))
+    if is_text and not is_quoted and not is_product and not (is_optional and typed in ("null", "~")):
         return typed
     return OmegaConf.from_dotlist([f"value={typed}"])._get_node("value")
 
@@ -195,6 +206,8 @@ def _plain(node: Any, keys: tuple[str, ...], problems: Problems) -> Any:
     if not OmegaConf.is_dict(node):
         if isinstance(node, float) and not math.isfinite(node):
             problems.add(keys, f"must be a finite number, got {node}")
+        if isinstance(node, bool) and (word := "on" if node else "off") in complaints.words_of(keys):
+            return word  # YAML reads the word as true or false
         # 1e3 is a float in YAML and a whole number to the person who wrote it.
         return int(node) if isinstance(node, float) and node.is_integer() else node
     plain: dict[str, Any] = {}
@@ -224,7 +237,10 @@ def _entry(node: Any, key: Any, keys: tuple[str, ...], problems: Problems) -> An
 
 def _take_paths_from(folder: Path, raw: dict[str, Any], problems: Problems) -> None:
     """Make the paths in `raw` absolute, in place, and look whether the files that are read are there."""
-    for keys in (*_DATA_FILES, *_MAY_BE_MADE, ("base", "model")):
+    typed_adapters = raw.get("adapters")
+    names = list(typed_adapters) if isinstance(typed_adapters, dict) else []
+    data_files = [*_DATA_FILES, *(("adapters", name, *keys) for name in names for keys in _DATA_FILES)]
+    for keys in (*data_files, *_MAY_BE_MADE, ("base", "model")):
         holder: Any = raw
         for key in keys[:-1]:
             holder = holder.get(key) if isinstance(holder, dict) else None
@@ -238,10 +254,78 @@ def _take_paths_from(folder: Path, raw: dict[str, Any], problems: Problems) -> N
             continue
         place = Path(os.path.abspath(folder / Path(typed).expanduser()))
         holder[keys[-1]] = str(place)
-        if keys in _DATA_FILES and not place.is_file():
+        if keys in data_files and not place.is_file():
             problems.add(keys, _missing("file", place, typed))
         elif keys == ("base", "model") and not place.is_dir():
             problems.add(keys, _missing("directory", place, typed))
+
+
+def _expand(raw: dict[str, Any], problems: Problems) -> None:
+    """Replace each adapter with lists among its values by the product of them, in place, in the order of the file.
+
+    `sst2: {length: [1, 5], seed: [0, 1]}` becomes sst2-p1-s0, sst2-p1-s1, sst2-p5-s0 and sst2-p5-s1; a list of one
+    value is that value and leaves the name alone. Where `init` varies, `init_text` and `init_labels` go to those
+    adapters alone that start from them.
+    """
+    typed = raw.get("adapters")
+    if not isinstance(typed, dict):
+        return
+    made: dict[str, Any] = {}
+    for name, adapter in typed.items():
+        if "." in name:
+            problems.add(("adapters", name), "a dot in the name of an adapter is kept for those that a product makes")
+        for new, settings in _product(name, adapter, problems) if isinstance(adapter, dict) else [(name, adapter)]:
+            if new in made or (new != name and new in typed):
+                problems.add(("adapters", name), f"its lists make the adapter {new}, which is there already")
+            made[new] = settings
+            problems.products[new] = name
+    raw["adapters"] = made
+
+
+def _product(name: str, adapter: dict[str, Any], problems: Problems) -> list[tuple[str, dict[str, Any]]]:
+    """(name, settings) of every adapter that one entry of `adapters` stands for."""
+    lists: dict[tuple[str, ...], list[Any]] = {}
+    train = adapter.get("train")
+    places = [(key,) for key in adapter if key not in ("kind", "task", "train")]
+    for keys in (*places, *(("train", key) for key in (train if isinstance(train, dict) else ()))):
+        value = (adapter if len(keys) == 1 else adapter["train"])[keys[-1]]
+        where = ("adapters", name, *keys)
+        if not isinstance(value, list) or complaints.takes_list(where):
+            continue
+        wrong = [entry for entry in value if not isinstance(entry, str | int | float)]
+        twice = [entry for i, entry in enumerate(value) if entry in value[:i]]
+        if not value or wrong:
+            problems.add(where, f"a list here must hold numbers or words, got {shown(wrong[0] if value else value)}")
+            value = [None]
+        elif twice:
+            problems.add(where, f"{shown(twice[0])} is there twice; each value makes one adapter")
+            value = value[:1]
+        lists[keys] = value
+    found = []
+    for values in itertools.product(*lists.values()):
+        settings = {**adapter, **({"train": {**train}} if isinstance(train, dict) else {})}
+        new = name
+        for (keys, among), value in zip(lists.items(), values, strict=True):
+            (settings if len(keys) == 1 else settings["train"])[keys[-1]] = value
+            if len(among) > 1:
+                new += f"-{_named(keys[-1], value, among)}"
+        if len(lists.get(("init",), ())) > 1:
+            for key in ("text", "labels"):
+                if settings["init"] != key:
+                    settings.pop(f"init_{key}", None)
+        found.append((new, settings))
+    return found
+
+
+def _named(key: str, value: Any, among: Sequence[Any]) -> str:
+    """One value of a product as a piece of a name: p5, s0, lr1e-5, random; text2 for a text."""
+    if isinstance(value, str):
+        is_word = all(letter.isalnum() or letter in "_-" for letter in value) and value.isascii()
+        return value if is_word else f"{key.removeprefix('init_')}{among.index(value)}"
+    if isinstance(value, bool):
+        return f"{key}-{str(value).lower()}"
+    number = str(value).replace("e-0", "e-")
+    return f"{_SHORT.get(key, key)}{number}"
 
 
 def _is_path(model: str, folder: Path) -> bool:

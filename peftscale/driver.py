@@ -7,6 +7,7 @@ worker does is `train.worker` and `train.use`.
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import stat
@@ -41,7 +42,8 @@ def run(cfg: RunConfig, *, resume: bool = False, show: bool = True) -> RunSummar
         _check_resources(cfg)  # before anything is written
     made = _open_run_dir(cfg, resume=resume) if is_main else []
     try:
-        with progress.followed(cfg.run_dir / METRICS, cfg, show=show and is_main):
+        view = progress.followed(cfg.run_dir / METRICS, cfg, show=show) if is_main else contextlib.nullcontext()
+        with view:
             return RunSummary.model_validate(_work(cfg, "train", {}))
     except PeftscaleError:
         if made and not any((cfg.run_dir / "checkpoints").glob("step-*")):
@@ -74,6 +76,27 @@ def adapter_dirs(cfg: RunConfig, given: Sequence[Path] | None) -> list[Path]:
     if missing:
         raise AdapterError(f"{missing[0]}: no such adapter. Train the run first, or name one with --adapter.")
     return found
+
+
+def with_task_of(cfg: RunConfig, directories: Sequence[Path]) -> RunConfig:
+    """The run file with the task of these adapters, where they are the run's own, as its `task`.
+
+    Raises:
+        ConfigError: they have different tasks.
+    """
+    own = cfg.run_dir / "adapters"
+    names = {path: path.parent.name if path.parent.parent == own else None for path in directories}
+    found = {
+        path: cfg.adapter_task(name) if name is not None and name in cfg.adapters else cfg.task
+        for path, name in names.items()
+    }
+    different = [path for path, task in found.items() if task != found[directories[0]]]
+    if different:
+        raise ConfigError(
+            f"--adapter: {directories[0]} was trained on task {found[directories[0]].name}, {different[0]} on "
+            f"{found[different[0]].name}; name the adapters of one task at a time."
+        )
+    return cfg.model_copy(update={"task": found[directories[0]]})
 
 
 def input_rows(cfg: RunConfig, texts: Sequence[str], rows: Sequence[str]) -> list[dict[str, str]]:
@@ -190,6 +213,20 @@ def _refuse_too_much(cfg: RunConfig, num_cpus: float, num_gpus: float, where: st
             )
 
 
+def _refuse_too_few_places(cfg: RunConfig, nodes: Sequence[Mapping[str, float]]) -> None:
+    """A worker lies on one node: what counts is how many each can hold, not the sum over the cluster."""
+    wanted = {"CPU": cfg.cluster.cpus_per_worker, "GPU": cfg.cluster.gpus_per_worker}
+    places = sum(
+        math.floor(min(node.get(kind, 0) / each for kind, each in wanted.items() if each) + 1e-9) for node in nodes
+    )
+    if places < cfg.cluster.workers:
+        raise ClusterError(
+            f"cluster.workers={cfg.cluster.workers}: the {len(nodes)} node(s) of the Ray cluster have room for {places} "
+            f"worker(s) of cluster.cpus_per_worker={wanted['CPU']:g} and cluster.gpus_per_worker={wanted['GPU']:g}; Ray "
+            f"would wait for ever. Lower one of the three."
+        )
+
+
 def _run_with_ray(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[str, Any]:
     _set_ray_defaults()
     import ray
@@ -203,8 +240,7 @@ def _run_with_ray(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[st
     # A new name each time: Ray resumes what it finds under an old one, and the state to resume is ours.
     own = cfg.cluster.storage / ".ray" / f"{task}-{uuid.uuid4().hex[:8]}"
     try:
-        resources = ray.cluster_resources()
-        _refuse_too_much(cfg, resources.get("CPU", 0), resources.get("GPU", 0), "the Ray cluster")
+        _refuse_too_few_places(cfg, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         use_gpu = cfg.cluster.gpus_per_worker > 0
         trainer = TorchTrainer(
             _worker,
@@ -277,7 +313,6 @@ def _set_ray_defaults() -> None:
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # it would pack the working directory for local runs
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TOKENIZERS_PARALLELISM": "false",
     }.items():
         os.environ.setdefault(name, value)

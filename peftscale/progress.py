@@ -5,6 +5,8 @@ without Ray. On a terminal a progress bar, otherwise plain lines at most every t
 standard error. Trackers are accelerate's.
 """
 
+import math
+import os
 import sys
 import threading
 import time
@@ -101,7 +103,10 @@ def _tracker(name: str, cfg: RunConfig, run_dir: Path) -> Any:
     from accelerate.state import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    PartialState(cpu=True)  # accelerate's trackers ask it which process they are in
+    # accelerate's trackers ask it which process they are in. Under torchrun it would join a process group of its own.
+    ranks = {name: os.environ.pop(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
+    PartialState(cpu=True)
+    os.environ.update(ranks)
     tracker_class = LOGGER_TYPE_TO_CLASS[name]
     try:
         tracker = (
@@ -129,7 +134,8 @@ def _values(record: Record) -> dict[str, float]:
     match record:
         case StepRecord():
             losses = {f"loss/{name}": loss for name, loss in record.adapters.items()}
-            return {**losses, "learning_rate": record.learning_rate, "tokens_per_s": record.tokens_per_s}
+            rates = {f"learning_rate/{name}": rate for name, rate in record.learning_rates.items()}
+            return {**losses, "learning_rate": record.learning_rate, **rates, "tokens_per_s": record.tokens_per_s}
         case EvaluationRecord():
             return {f"{record.split}/{record.adapter}/{name}": value for name, value in record.metrics.items()}
         case _:
@@ -140,7 +146,7 @@ class _Lines:
     """Plain lines."""
 
     def __init__(self, cfg: RunConfig) -> None:
-        self._steps = cfg.train.steps
+        self._steps = cfg.num_steps
         self._last_s = 0.0
         self._first: tuple[int, float] | None = None
 
@@ -177,7 +183,7 @@ class _Bar(Progress):
             TextColumn("left"),
             console=console,
         )
-        self._task = self.add_task(cfg.name, total=cfg.train.steps)
+        self._task = self.add_task(cfg.name, total=cfg.num_steps)
         self.start()
 
     def get_renderables(self) -> Iterator[RenderableType]:
@@ -197,8 +203,13 @@ class _Bar(Progress):
 
 def _step_words(record: StepRecord) -> str:
     losses = list(record.adapters.values())
-    loss = f"loss {losses[0]:.4f}" if len(losses) == 1 else f"loss {min(losses):.4f}..{max(losses):.4f}"
+    loss = f"loss {losses[0]:.4f}"
+    if len(losses) > 1:
+        finite = [loss for loss in losses if math.isfinite(loss)] or losses
+        loss = f"{len(losses)} adapters  loss {min(finite):.4f}..{max(finite):.4f}"
     skipped = "  NOT FINITE, skipped" if record.skipped else ""
+    if len(losses) > 1 and record.skipped:
+        skipped += f": {', '.join(record.skipped_adapters)}"
     return (
         f"{loss}  rate {record.learning_rate:.3g}  {record.tokens_per_s:,.0f} tokens/s  "
         f"{record.reduced_bytes:,} B reduced{skipped}"

@@ -35,8 +35,11 @@ class StepRecord(Row):
     step: int
     """1 for the first."""
     adapters: dict[str, float]
-    """Training loss of each adapter: mean over the target tokens of the global batch. Unit: nats."""
+    """Training loss of each adapter that still trained: mean over the target tokens of its global batch. Unit: nats."""
     learning_rate: float
+    """The highest of the adapters that were updated; 0 where none was."""
+    learning_rates: dict[str, float] = Field(default_factory=dict)
+    """Of each adapter that was updated, where they are not all the same."""
     tokens: int
     """Input and target tokens of the global batch, without padding and without virtual tokens."""
     seconds: float
@@ -45,7 +48,9 @@ class StepRecord(Row):
     gathered_bytes: int
     control_bytes: int
     skipped: bool
-    """The loss or a gradient was not finite, and nothing was changed."""
+    """The loss or a gradient of an adapter was not finite, and that adapter was not changed."""
+    skipped_adapters: tuple[str, ...] = ()
+    """Which ones."""
 
 
 class EvaluationRecord(Row):
@@ -131,6 +136,11 @@ class AdapterSummary(Row):
     """Of adapter_model.safetensors."""
     trainable_parameters: int
     train_loss: float
+    """Of its last step."""
+    steps: int
+    """That it took; the run goes on for as long as any adapter trains."""
+    stopped: str | None
+    """Why it left before its last step (early stop, or steps that were not finite); None where it took them all."""
     before: dict[str, float]
     """Metrics on the test split (validation where there is none) before the first step."""
     after: dict[str, float]

@@ -43,6 +43,9 @@ def summary_table(summary: RunSummary) -> Table:
             before = adapter.before.get(metric)
             words = "" if before is None else f"{before:.4f} -> "
             table.add_row(f"{name}: {metric}, base alone -> tuned", f"{words}{after:.4f}", "")
+        if adapter.stopped or adapter.steps < summary.steps:
+            why = f" ({adapter.stopped})" if adapter.stopped else ""
+            table.add_row(f"{name}: left after", f"{adapter.steps} steps{why}", "")
         table.add_row(f"{name}: tuned parameters", f"{adapter.trainable_parameters:,}", "")
         table.add_row(f"{name}: file bytes", f"{adapter.file_bytes:,}", "")
         table.add_row(f"{name}: directory", adapter.dir, "")

@@ -6,32 +6,48 @@ One adapter is a cohort of one. How a batch is shared between them is `data.batc
 
 from collections.abc import Iterator, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
+from peftscale.adapters.prefix import Prefix
+from peftscale.adapters.reparam import ReparametrisedPrefix
 from peftscale.adapters.soft_prompt import SoftPrompt
 from peftscale.errors import AdapterError
 
+Adapter = SoftPrompt | Prefix | ReparametrisedPrefix
+"""What is trained."""
+Folded = SoftPrompt | Prefix
+"""What passes see, files keep and evaluations use: `Adapter.folded()`."""
 
-class Cohort(Mapping[str, SoftPrompt]):
+
+def from_values(values: Tensor) -> Folded:
+    """The adapter whose `values` are a copy of these: rows (P, H), or keys and values (L, 2, P, K, D)."""
+    return SoftPrompt(values) if values.ndim == 2 else Prefix(values)
+
+
+class Cohort(Mapping[str, Adapter]):
     """name -> adapter, in the order of the run file.
 
     The order is part of the contract: every rank flattens the gradients in it before the one all-reduce, and a
     checkpoint stores the tensors in it.
     """
 
-    def __init__(self, adapters: Mapping[str, SoftPrompt]) -> None:
+    def __init__(self, adapters: Mapping[str, Adapter]) -> None:
         """Take the adapters as they are, in the order of the mapping.
 
         Raises:
-            AdapterError: there is none, or they belong to bases of different hidden sizes.
+            AdapterError: there is none, or they belong to bases of different hidden sizes or key heads.
         """
-        sizes = {adapter.hidden_size for adapter in adapters.values()}
-        if len(sizes) != 1:
-            given = ", ".join(f"{name}: {adapter.hidden_size}" for name, adapter in adapters.items()) or "no adapter"
+        sizes = {name: a.hidden_size for name, a in adapters.items() if isinstance(a, SoftPrompt)}
+        shapes = {name: tuple(a.shape) for name, a in adapters.items() if not isinstance(a, SoftPrompt)}
+        if len(set(sizes.values())) > 1 or not adapters:
+            given = ", ".join(f"{name}: {size}" for name, size in sizes.items()) or "no adapter"
             raise AdapterError(f"adapters: need at least one, all of one hidden size; got {given}")
+        if len(set(shapes.values())) > 1:
+            given = ", ".join(f"{name}: {shape}" for name, shape in shapes.items())
+            raise AdapterError(f"adapters: prefixes must be of one shape (layers, key heads, head size); got {given}")
         self._adapters = dict(adapters)
 
-    def __getitem__(self, name: str) -> SoftPrompt:
+    def __getitem__(self, name: str) -> Adapter:
         return self._adapters[name]
 
     def __iter__(self) -> Iterator[str]:

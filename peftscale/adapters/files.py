@@ -4,7 +4,7 @@ PEFT's bytes are `adapters.peft_format`, the types of peftscale.json `adapters.m
 `adapters.directory`. Nothing is ever unpickled. Checkpoints of a run, with optimizer state, are
 `train.checkpoint`.
 
-Shapes:  P virtual tokens   H hidden size
+Shapes:  P virtual tokens   H hidden size   W width of a virtual token (adapters.peft_format)
 """
 
 import hashlib
@@ -17,9 +17,18 @@ from torch import Tensor
 from peftscale.adapters import directory as directories
 from peftscale.adapters import manifest as manifests
 from peftscale.adapters import model_card, peft_format
-from peftscale.adapters.manifest import MANIFEST_FILE, AdapterCard, Manifest, Stored, TaskTemplate
+from peftscale.adapters.cohort import Adapter, Folded, from_values
+from peftscale.adapters.manifest import (
+    MANIFEST_FILE,
+    AdapterCard,
+    Manifest,
+    PrefixDimensions,
+    Stored,
+    TaskTemplate,
+)
 from peftscale.adapters.peft_format import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, expected_bytes
-from peftscale.adapters.soft_prompt import SoftPrompt
+from peftscale.adapters.prefix import Prefix
+from peftscale.base.prefixed import PrefixShape
 from peftscale.errors import AdapterError
 
 __all__ = ["AdapterInfo", "Description", "describe", "expected_bytes", "load", "save", "verify"]
@@ -48,11 +57,14 @@ class Description(Stored):
 
     kind: str
     length: int
-    hidden_size: int
+    hidden_size: int | None
+    """Of a prompt; None for a prefix."""
+    prefix: PrefixDimensions | None
+    """Of a prefix; None for a prompt."""
     num_file_bytes: int
     row_norm_mean: float
     row_norm_std: float
-    """Over the rows; 0 for one row."""
+    """Over the virtual tokens, each with all that it has; 0 for one of them."""
     base_model: str | None
     base_revision: str | None
     base_digest: str | None
@@ -64,36 +76,35 @@ class Description(Stored):
 
 @dataclass(frozen=True)
 class _Contents:
-    rows_PH: Tensor
+    values: Tensor
     num_file_bytes: int
     manifest: Manifest | None
 
 
-def save(adapter: SoftPrompt, directory: Path, *, card: AdapterCard) -> int:
+def save(adapter: Adapter, directory: Path, *, card: AdapterCard) -> int:
     """Write the adapter's directory, whole or not at all. In a run, rank 0 alone calls it.
 
-    What stands at `directory` is replaced once the new files are safe on the disk.
+    What stands at `directory` is replaced once the new files are safe on the disk. A re-parametrised adapter is folded.
 
     Returns:
-        Bytes of `adapter_model.safetensors`: `expected_bytes(P, H)`.
+        Bytes of `adapter_model.safetensors`: `expected_bytes(P, W)`.
 
     Raises:
         AdapterError: rows that are not finite, a place that holds something else than an adapter, or a disk that
             cannot take the files. What stood at `directory` is untouched then.
     """
-    if not bool(torch.isfinite(adapter.rows_PH).all()):
+    with torch.no_grad():
+        folded = adapter.folded()
+    if not bool(torch.isfinite(folded.values).all()):
         raise AdapterError(f"adapter {directory} is not saved: its rows hold values that are not finite (NaN or inf).")
-    weights = peft_format.weights_bytes(adapter.rows_PH)
-    readme = model_card.text(card, length=adapter.length, hidden_size=adapter.hidden_size, num_file_bytes=len(weights))
+    weights = peft_format.weights_bytes(folded.values)
+    shape = folded.shape if isinstance(folded, Prefix) else None
+    width = peft_format.flat(folded.values).shape[1]
+    readme = model_card.text(
+        card, length=folded.length, width=width, is_prefix=shape is not None, num_file_bytes=len(weights)
+    )
     files = {
-        CONFIG_FILE: peft_format.config_json(
-            length=adapter.length,
-            hidden_size=adapter.hidden_size,
-            num_layers=card.base.num_layers,
-            num_attention_heads=card.base.num_attention_heads,
-            model=card.base.model,
-            revision=card.base.revision,
-        ),
+        CONFIG_FILE: _config_json(folded, card),
         WEIGHTS_FILE: weights,
         MODEL_CARD_FILE: readme.encode(),
     }
@@ -101,9 +112,10 @@ def save(adapter: SoftPrompt, directory: Path, *, card: AdapterCard) -> int:
         # Field by field, because a card may be the manifest of an adapter that was loaded.
         **{name: getattr(card, name) for name in AdapterCard.model_fields},
         format_version=manifests.FORMAT_VERSION,
-        kind="prompt",
-        length=adapter.length,
-        hidden_size=adapter.hidden_size,
+        kind="prompt" if shape is None else "prefix",
+        length=folded.length,
+        hidden_size=width if shape is None else None,
+        prefix=_dimensions(shape),
         versions=manifests.versions(),
         files={name: _digest(content) for name, content in files.items()},
     )
@@ -118,11 +130,19 @@ def save(adapter: SoftPrompt, directory: Path, *, card: AdapterCard) -> int:
     return len(weights)
 
 
-def load(directory: Path, *, base_digest: str, hidden_size: int) -> tuple[SoftPrompt, AdapterInfo]:
-    """Read an adapter for the base with this digest. The rows are on the CPU, bitwise as they were saved.
+def load(
+    directory: Path, *, base_digest: str, hidden_size: int, prefix_shape: PrefixShape | None = None
+) -> tuple[Folded, AdapterInfo]:
+    """Read an adapter for the base with this digest. Its values are on the CPU, bitwise as they were saved.
 
     A directory that PEFT wrote, without peftscale.json, is used: see `AdapterInfo.base_is_verified`. A changed
     model card harms nobody and is left to `verify`.
+
+    Args:
+        directory: the adapter's.
+        base_digest: of the base.
+        hidden_size: of the base, which a prompt must have.
+        prefix_shape: of the base, which a prefix must have. None: prefixes are refused.
 
     Raises:
         AdapterError: not an adapter directory, a file that is cut or altered, a pickle, another kind of adapter,
@@ -136,12 +156,20 @@ def load(directory: Path, *, base_digest: str, hidden_size: int) -> tuple[SoftPr
             f"{MANIFEST_FILE} says model {manifest.base.model!r}, revision {manifest.base.revision!r}: "
             f"check base.model and base.revision."
         )
-    if contents.rows_PH.shape[1] != hidden_size:
+    adapter = from_values(contents.values)
+    if isinstance(adapter, Prefix):
+        if adapter.shape != prefix_shape:
+            takes = "takes no prefix" if prefix_shape is None else f"has {tuple(prefix_shape)}"
+            raise AdapterError(
+                f"adapter {directory} is a prefix of {tuple(adapter.shape)} (layers, key heads, head size), this base "
+                f"{takes}. The adapter belongs to another base: check base.model."
+            )
+    elif adapter.hidden_size != hidden_size:
         raise AdapterError(
-            f"adapter {directory} has rows of {contents.rows_PH.shape[1]} numbers, this base has a hidden size of "
+            f"adapter {directory} has rows of {adapter.hidden_size} numbers, this base has a hidden size of "
             f"{hidden_size}. The adapter belongs to another base: check base.model."
         )
-    return SoftPrompt(contents.rows_PH), AdapterInfo(directory, contents.num_file_bytes, manifest)
+    return adapter, AdapterInfo(directory, contents.num_file_bytes, manifest)
 
 
 def verify(directory: Path) -> Manifest | None:
@@ -164,11 +192,15 @@ def describe(directory: Path) -> Description:
     """Read an adapter for people. Raises what `verify` raises."""
     manifest = verify(directory)
     contents = _read(directory)
-    norms_P = contents.rows_PH.norm(dim=1)
+    rows_PW = peft_format.flat(contents.values)
+    norms_P = rows_PW.norm(dim=1)
+    adapter = from_values(contents.values)
+    shape = adapter.shape if isinstance(adapter, Prefix) else None
     return Description(
-        kind="prompt",
-        length=contents.rows_PH.shape[0],
-        hidden_size=contents.rows_PH.shape[1],
+        kind="prompt" if shape is None else "prefix",
+        length=adapter.length,
+        hidden_size=rows_PW.shape[1] if shape is None else None,
+        prefix=_dimensions(shape),
         num_file_bytes=contents.num_file_bytes,
         row_norm_mean=norms_P.mean().item(),
         row_norm_std=norms_P.std(correction=0).item(),
@@ -197,13 +229,37 @@ def _read(directory: Path) -> _Contents:
     files = manifest.files if manifest else {}
     config, weights = (_checked_content(here / name, files.get(name)) for name in (CONFIG_FILE, WEIGHTS_FILE))
     header = peft_format.parse_config(config, where=str(here / CONFIG_FILE))
-    rows_PH = peft_format.parse_weights(weights, header, where=str(here / WEIGHTS_FILE))
-    if manifest is not None and (manifest.length, manifest.hidden_size) != tuple(rows_PH.shape):
-        raise AdapterError(
-            f"{manifest_path}: says length {manifest.length} and hidden_size {manifest.hidden_size}, but the rows are "
-            f"{list(rows_PH.shape)}. The file was altered: copy or save the adapter again."
+    values = peft_format.parse_weights(weights, header, where=str(here / WEIGHTS_FILE))
+    if manifest is not None:
+        hidden_size = values.shape[1] if header.prefix is None else None
+        found = (header.length, hidden_size, _dimensions(header.prefix))
+        if (manifest.length, manifest.hidden_size, manifest.prefix) != found:
+            said = f"prefix ({manifest.prefix})" if manifest.prefix else f"hidden_size {manifest.hidden_size}"
+            raise AdapterError(
+                f"{manifest_path}: says length {manifest.length} and {said}, but the rows are "
+                f"{list(values.shape)}. The file was altered: copy or save the adapter again."
+            )
+    return _Contents(values, len(weights), manifest)
+
+
+def _config_json(adapter: Folded, card: AdapterCard) -> bytes:
+    base = card.base
+    if isinstance(adapter, Prefix):
+        return peft_format.prefix_config_json(
+            length=adapter.length, shape=adapter.shape, model=base.model, revision=base.revision
         )
-    return _Contents(rows_PH, len(weights), manifest)
+    return peft_format.config_json(
+        length=adapter.length,
+        hidden_size=adapter.hidden_size,
+        num_layers=base.num_layers,
+        num_attention_heads=base.num_attention_heads,
+        model=base.model,
+        revision=base.revision,
+    )
+
+
+def _dimensions(shape: PrefixShape | None) -> PrefixDimensions | None:
+    return None if shape is None else PrefixDimensions(**shape._asdict())
 
 
 def _content(path: Path) -> bytes:

@@ -1,12 +1,15 @@
-"""Where the rows of an adapter start: at random, or from rows of the input embedding.
+"""Where the values of an adapter start: at random, or from rows of the input embedding.
 
 Which token ids are embedded depends on the seed and the text alone, so every rank finds the same ids
 without talking. The rows behind them may be sharded: `EmbeddingSource.embedding_rows` is a collective, and
-is called once for each adapter with all its ids. Nothing here keeps or trains the rows.
+is called once for each adapter with all its ids. Nothing here keeps or trains the rows. A prefix that starts at the
+keys and values of a text has them from `base.prefixed`.
 
-Source: Lester, Al-Rfou and Constant 2021, arXiv:2104.08691, section 3.2.
+Source: Lester, Al-Rfou and Constant 2021, arXiv:2104.08691, section 3.2; for prefixes Li and Liang 2021,
+arXiv:2101.00190, their code, and PEFT's, which draw from the same distributions.
 
-Shapes:  P virtual tokens   H hidden size   N token ids
+Shapes:  P virtual tokens   H hidden size   N token ids   L layers   K key heads   D head size
+         E width of a vector, M hidden size and O outputs of a prefix's network
 """
 
 from collections.abc import Sequence
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from peftscale.base.prefixed import PrefixShape
 from peftscale.errors import AdapterError
 
 TokenGroups = list[list[int]]
@@ -50,6 +54,47 @@ def random_rows(length: int, hidden_size: int, *, seed: int) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
     # The paper's interval. Its published code draws from [0, 0.5).
     return torch.rand(length, hidden_size, generator=draw) - 0.5
+
+
+def random_keys_values(length: int, shape: PrefixShape, *, seed: int) -> Tensor:
+    """(L, 2, P, K, D) float32 from N(0, 1), on the CPU. The global random state is left alone."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(shape.num_layers, 2, length, shape.num_kv_heads, shape.head_dim, generator=draw)
+
+
+def network(
+    length: int, width: int, *, hidden: int, outputs: int, seed: int, is_zero: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Vectors and network of a re-parametrised prefix, by `seed` alone, float32 on the CPU.
+
+    Vectors are drawn from N(0, 1), weights and biases of a layer with n inputs from U(-n^-0.5, n^-0.5): torch's own for
+    embeddings and linears.
+
+    Args:
+        length: virtual tokens, P.
+        width: of a vector, E.
+        hidden: size of the hidden layer, M.
+        outputs: numbers that the network makes for a virtual token, O.
+        seed: of this draw only; the global random state is left alone.
+        is_zero: make the outer layer zero, so that the prefix starts at zeros; the vectors and the inner layer are
+            drawn as ever.
+
+    Returns:
+        Vectors (P, E); weight (M, E) and bias (M,) of the inner layer; weight (O, M) and bias (O,) of the outer one.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def layer(rows: int, cols: int) -> tuple[Tensor, Tensor]:
+        bound = cols**-0.5
+        weight, bias = torch.rand(rows, cols, generator=draw), torch.rand(rows, generator=draw)
+        return weight.mul_(2 * bound).sub_(bound), bias.mul_(2 * bound).sub_(bound)
+
+    inputs_PE = torch.randn(length, width, generator=draw)
+    inner, outer = layer(hidden, width), layer(outputs, hidden)
+    if is_zero:
+        outer[0].zero_()
+        outer[1].zero_()
+    return inputs_PE, inner, outer
 
 
 def vocabulary_groups(length: int, source: EmbeddingSource, *, top: int, seed: int, where: str) -> TokenGroups:

@@ -69,20 +69,31 @@ class AdapterCard(Stored):
     fingerprint: str
     """Of the run's resolved run file."""
     init: str
-    """How the rows started: random, vocabulary, text or labels."""
+    """How it started: random, vocabulary, text, labels or zero."""
     step: NonNegativeInt
     """Training steps taken."""
     metrics: dict[str, float | None] = {}
     """Of the validation split at `step`. A value that is not finite is stored as null."""
 
 
+class PrefixDimensions(Stored):
+    """What a prefix and its base must agree on."""
+
+    num_layers: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+
+
 class Manifest(AdapterCard):
     """The whole of `peftscale.json`."""
 
     format_version: Literal[1]
-    kind: Literal["prompt"]
+    kind: Literal["prompt", "prefix"]
     length: PositiveInt
-    hidden_size: PositiveInt
+    hidden_size: PositiveInt | None
+    """Of a prompt; null for a prefix."""
+    prefix: PrefixDimensions | None = None
+    """Of a prefix; null for a prompt."""
     versions: dict[str, str]
     files: dict[FileName, Digest]
     """Digest of every other file of the directory."""
@@ -93,6 +104,13 @@ class Manifest(AdapterCard):
         missing = {peft_format.CONFIG_FILE, peft_format.WEIGHTS_FILE} - set(self.files)
         if missing:
             raise ValueError(f"files: no digest of {', '.join(sorted(missing))}")
+        return self
+
+    @model_validator(mode="after")
+    def has_the_dimensions_of_its_kind(self) -> Self:
+        is_prefix = self.kind == "prefix"
+        if is_prefix != (self.prefix is not None) or is_prefix != (self.hidden_size is None):
+            raise ValueError(f"kind: {self.kind!r} needs {'prefix' if is_prefix else 'hidden_size'} and nothing else")
         return self
 
 

@@ -4,9 +4,28 @@ import json
 
 from peftscale.adapters.manifest import AdapterCard, TaskTemplate
 
+_WHAT = {
+    False: (
+        "{length} trained vectors of {width} numbers that are placed in front of the input embeddings of a",
+        "frozen language model (Lester et al. 2021, arXiv:2104.08691). The model itself is unchanged.",
+    ),
+    True: (
+        "{length} trained keys and values, {width} numbers each over all layers, in front of those of every attention",
+        "layer of a frozen language model (Li and Liang 2021, arXiv:2101.00190). The model itself is unchanged.",
+    ),
+}
 
-def text(card: AdapterCard, *, length: int, hidden_size: int, num_file_bytes: int) -> str:
-    """The card of a soft prompt, with the metadata that PEFT's own cards carry."""
+
+def text(card: AdapterCard, *, length: int, width: int, is_prefix: bool, num_file_bytes: int) -> str:
+    """The card of a soft prompt or a prefix, with the metadata that PEFT's own cards carry.
+
+    Args:
+        card: what the run knows.
+        length: virtual tokens.
+        width: numbers of one of them.
+        is_prefix: else a prompt.
+        num_file_bytes: of the weights.
+    """
     model = card.base.model
     at_revision = f" at revision `{card.base.revision}`" if card.base.revision else ""
     lines = [
@@ -16,14 +35,14 @@ def text(card: AdapterCard, *, length: int, hidden_size: int, num_file_bytes: in
         "pipeline_tag: text-generation",
         "tags:",
         f"- {json.dumps(f'base_model:adapter:{model}')}",
-        "- prompt-tuning",
+        "- prefix-tuning" if is_prefix else "- prompt-tuning",
         "- peftscale",
         "---",
         "",
-        f"# Soft prompt of {length} tokens" + (f" for {card.task.name}" if card.task else ""),
+        f"# {'Prefix' if is_prefix else 'Soft prompt'} of {length} tokens"
+        + (f" for {card.task.name}" if card.task else ""),
         "",
-        f"{length} trained vectors of {hidden_size} numbers that are placed in front of the input embeddings of a",
-        "frozen language model (Lester et al. 2021, arXiv:2104.08691). The model itself is unchanged.",
+        *(line.format(length=length, width=width) for line in _WHAT[is_prefix]),
         "",
         "| | |",
         "|---|---|",

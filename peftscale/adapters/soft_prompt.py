@@ -8,6 +8,8 @@ Source: Lester, Al-Rfou and Constant 2021, arXiv:2104.08691, section 2.
 Shapes:  P virtual tokens   H hidden size
 """
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -29,3 +31,12 @@ class SoftPrompt(nn.Module):
     def hidden_size(self) -> int:
         """H of the base that the adapter belongs to."""
         return self.rows_PH.shape[1]
+
+    @property
+    def values(self) -> Tensor:
+        """What a pass puts in front of a text and a file keeps: the rows."""
+        return self.rows_PH
+
+    def folded(self) -> Self:
+        """The adapter without its re-parametrisation: itself."""
+        return self

@@ -5,16 +5,20 @@ The layout of a row is made once a pass and travels to every layer through the m
 is registered with transformers' attention registry. Making the row and the logits is `base.packed`, deciding whether a
 model may use it is `base.exactness`.
 
+A prefix adds no token to the row: the keys and values of each layer stand behind the row's own, outside of every
+example but those that it belongs to.
+
 Grouped queries, sliding windows, logit caps and sinks are those of the model's own layers, relative to an example's
-own positions: behind a prompt of P tokens its text begins at P, as in the padded row.
+own positions: behind a prompt or a prefix of P tokens its text begins at P, as in the padded row.
 
 Shapes:  T tokens of the row   K prompts   P longest prompt   N examples   E longest example   A heads   D head size
+         L layers   F virtual tokens of all prefixes   G key heads
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +41,14 @@ class Layout:
     """Index into the row, of prompts that have a token; padding points at the part's own first token and is masked."""
     examples_NE: Tensor
     keys_NS: Tensor
-    """The prompt's, then the example's own; S = P + E."""
+    """The prompt's or prefix's, then the example's own; S = P + E. Those of prefixes count on from T."""
     back_T: Tensor
     """Where each token of the row stands in the outputs [K * P | N * E]."""
     distance_NES: Tensor
     """Query position minus key position; a negative one is the future, or padding."""
     distance_KPP: Tensor
+    prefixes: tuple[Tensor, ...] = ()
+    """For each layer (2, F, G, D), keys and values of all prefixes; empty where there is none."""
     _masks: dict[tuple[int | None, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
@@ -67,15 +73,21 @@ class Layout:
 
 
 def layout(
-    prompt_lengths: Sequence[int], example_lengths: Sequence[int], owners: Sequence[int], *, device: torch.device
+    prompt_lengths: Sequence[int],
+    example_lengths: Sequence[int],
+    owners: Sequence[int],
+    *,
+    device: torch.device,
+    prefixes_L2PGD: Sequence[Tensor] = (),
 ) -> Layout:
     """Lay out a row.
 
     Args:
         prompt_lengths: of each prompt, in the order of the row. 0 for none.
         example_lengths: of each example, at least 1.
-        owners: which prompt each example stands behind.
+        owners: which prompt each example stands behind; numbers behind the last prompt are prefixes.
         device: of the row.
+        prefixes_L2PGD: in the row's dtype, P of any length.
     """
     prompt_K, example_N = torch.tensor(prompt_lengths), torch.tensor(example_lengths)
     owner_N = torch.tensor(owners)
@@ -84,27 +96,35 @@ def layout(
     there = prompt_K > 0
     prompts_KP, prompt_ok = _grid(prompt_starts[there], prompt_K[there])
     examples_NE, example_ok = _grid(example_starts, example_N)
-    p_P, e_E = torch.arange(int(prompt_K.max())), torch.arange(int(example_N.max()))
-    behind_NP = p_P < prompt_K[owner_N][:, None]
-    prompt_keys_NP = torch.where(behind_NP, prompt_starts[owner_N][:, None] + p_P, example_starts[:, None])
-    query_NE = prompt_K[owner_N][:, None] + e_E
-    key_NS = torch.cat([p_P.expand(len(owner_N), -1), query_NE], dim=1)
+    prefix_lengths = [prefix.shape[2] for prefix in prefixes_L2PGD]
+    ends = torch.tensor([int(prompt_K.sum() + example_N.sum()), *prefix_lengths]).cumsum(0)
+    head_lengths = [*prompt_lengths, *prefix_lengths]
+    ahead_N = torch.tensor(head_lengths)[owner_N][:, None]
+    h_P, e_E = torch.arange(int(ahead_N.max())), torch.arange(int(example_N.max()))
+    behind_NP = h_P < ahead_N
+    head_starts_N1 = torch.cat([prompt_starts, ends[:-1]])[owner_N][:, None]
+    head_keys_NP = torch.where(behind_NP, head_starts_N1 + h_P, example_starts[:, None])
+    query_NE = ahead_N + e_E
+    key_NS = torch.cat([h_P.expand(len(owner_N), -1), query_NE], dim=1)
     key_ok = torch.cat([behind_NP, example_ok], dim=1)
     never = -1
+    p_P = torch.arange(int(prompt_K.max()))
     distance_NES = torch.where(key_ok[:, None], query_NE[:, :, None] - key_NS[:, None], never)
     distance_KPP = torch.where(prompt_ok[:, None], p_P[None, :, None] - p_P[None, None], never)
     positions = [torch.arange(n) for n in prompt_lengths]
-    positions += [int(prompt_K[k]) + torch.arange(n) for k, n in zip(owners, example_lengths, strict=True)]
+    positions += [head_lengths[k] + torch.arange(n) for k, n in zip(owners, example_lengths, strict=True)]
     return Layout(
         tuple(prompt_lengths),
         tuple(example_lengths),
         torch.cat(positions)[None].to(device),
         prompts_KP.to(device),
         examples_NE.to(device),
-        torch.cat([prompt_keys_NP, examples_NE], dim=1).to(device),
+        torch.cat([head_keys_NP, examples_NE], dim=1).to(device),
         torch.cat([prompt_ok.flatten(), example_ok.flatten()]).nonzero()[:, 0].to(device),
         distance_NES.to(device),
         distance_KPP.to(device),
+        # One join for all layers: a slice a layer would make a gradient of the whole for each of them.
+        torch.cat(list(prefixes_L2PGD), dim=2).unbind(0) if prefixes_L2PGD else (),
     )
 
 
@@ -141,6 +161,9 @@ def packed_attention(
     assert layout is not None, "a packed base was passed a row without a layout"
     _calls[0] += 1
     query_TAD, key_TAD, value_TAD = (states[0].transpose(0, 1) for states in (query, key, value))
+    if layout.prefixes:
+        key_FGD, value_FGD = layout.prefixes[cast(int, module.layer_idx)]
+        key_TAD, value_TAD = torch.cat([key_TAD, key_FGD]), torch.cat([value_TAD, value_FGD])
     prompt_mask, example_mask = layout.masks(sliding_window, query.dtype)
     parts = []
     for at, keys_at, mask in (

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from peftscale.base import attention
+from peftscale.base import attention, prefixed
 from peftscale.base.load import Base
+from peftscale.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,8 @@ class Row:
     ids: Sequence[int]
     """Text tokens, the targets last. Not empty before the targets unless there is a prompt."""
     num_targets: int
+    prefix_L2PKD: Tensor | None = None
+    """Keys and values of every layer, float32, instead of a prompt. Passes must be packed."""
 
 
 def join(
@@ -39,7 +42,15 @@ def join(
     Returns:
         Embeddings (N, S, H) in `dtype`, flat positions (M,) in (N, S) that predict the targets, and no further
         arguments of the forward.
+
+    Raises:
+        ModelError: a row with a prefix.
     """
+    if any(row.prefix_L2PKD is not None for row in rows):
+        raise ModelError(
+            "a prefix needs packed passes, and this base takes padded ones. Set train.packing to auto, choose a base "
+            "for which packing is exact, or use a prompt."
+        )
     embeds_NSH, starts = _embed(rows, embedding, dtype, device)
     width = embeds_NSH.shape[1]
     at: list[int] = []
@@ -61,6 +72,9 @@ def generate(base: Base, rows: Sequence[Row], *, max_new_tokens: int) -> list[li
     Every rank calls this equally often and with the same `max_new_tokens`; one without rows generates along and
     returns nothing. A row that has ended goes on until the last one of all ranks has, so each of them must have
     `max_new_tokens` positions left.
+
+    Rows with a prefix share one, all of them; where the base has layers with a window their texts are of one length
+    (`generates_with` tells rows that may go together), because padding stands between the prefix and a shorter text.
     """
     eos = base.tokenizer.eos_token_id
     going = rows or [Row(None, [eos or 0], 0)]
@@ -70,6 +84,14 @@ def generate(base: Base, rows: Sequence[Row], *, max_new_tokens: int) -> list[li
     padded_NSH = torch.stack([row_SH.roll(num, dims=0) for row_SH, num in zip(embeds_NSH, blanks, strict=True)])
     at_S = torch.arange(embeds_NSH.shape[1], device=base.device)
     mask_NS = torch.stack([at_S >= num for num in blanks]).long()
+    cached: dict[str, Any] = {}
+    if (prefix := going[0].prefix_L2PKD) is not None:
+        assert all(row.prefix_L2PKD is prefix for row in going)
+        assert not any(blanks) or not prefixed.has_window(base.model.config)
+        cached["past_key_values"] = prefixed.cache_of(prefix, len(going), base.compute_dtype)
+        # generate cuts as many positions off the front as the cache holds.
+        padded_NSH = nn.functional.pad(padded_NSH, (0, 0, prefix.shape[2], 0))
+        mask_NS = nn.functional.pad(mask_NS, (prefix.shape[2], 0), value=1)
     with torch.no_grad(), attention.original(base.model, base.own_attention):
         ids_NT = base.model.generate(
             inputs_embeds=padded_NSH,
@@ -80,9 +102,17 @@ def generate(base: Base, rows: Sequence[Row], *, max_new_tokens: int) -> list[li
             eos_token_id=eos,
             pad_token_id=base.tokenizer.pad_token_id if base.tokenizer.pad_token_id is not None else eos,
             synced_gpus=base.is_sharded,
+            **cached,
         )
     lists: list[list[int]] = ids_NT.tolist()
     return [ids[: ids.index(eos)] if eos in ids else ids for ids in lists[: len(rows)]]
+
+
+def generates_with(base: Base, row: Row) -> tuple[int, int]:
+    """What rows of one call of `generate` have in common: the prefix, and its text's length where that matters."""
+    if row.prefix_L2PKD is None:
+        return 0, 0
+    return id(row.prefix_L2PKD), len(row.ids) if prefixed.has_window(base.model.config) else 0
 
 
 def _embed(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import: without it DeepSpeed probes for devices
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; `load.sharder` sets it for a CPU run beside a GPU
 
 import deepspeed
 import deepspeed.comm

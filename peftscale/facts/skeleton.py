@@ -59,6 +59,7 @@ def read(model_dir: Path) -> BaseFacts:
         hidden_size=text.hidden_size,
         num_layers=sum(unit.kind == "block" for unit in units),
         num_heads=heads,
+        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_dim=getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or text.hidden_size // heads,
         activation=str(act or getattr(text, "activation_function", None) or getattr(text, "dense_act_fn", None)),
         vocab_size=text.vocab_size,

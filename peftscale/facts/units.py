@@ -105,6 +105,8 @@ class BaseFacts:
     num_layers: int
     """Blocks; those of encoder and decoder together."""
     num_heads: int
+    num_kv_heads: int
+    """Key heads: fewer than query heads where several of those share one."""
     head_dim: int
     activation: str
     """Of the feed-forward part, as transformers names it."""
@@ -124,6 +126,11 @@ class BaseFacts:
     @property
     def num_parameters(self) -> int:
         return sum(unit.num_parameters for unit in self.stored_units)
+
+    @property
+    def prefix_width(self) -> int:
+        """Numbers of one virtual token of a prefix: keys and values of all layers."""
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim
 
     def packed_bytes(self, quantization: Quantization, dtype_bytes: int, world: int = 1) -> int:
         """Stored bytes of the whole base; with `world`, including its padding."""

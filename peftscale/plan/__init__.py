@@ -13,7 +13,17 @@ from rich.table import Table
 from peftscale.config import Frozen, RunConfig
 from peftscale.facts import BaseFacts, dtype_bytes
 from peftscale.plan.hardware import Hardware, detect
-from peftscale.plan.memory import Mode, Setting, activation_bytes, gathered_bytes, rank_parts, target_tokens
+from peftscale.plan.memory import (
+    Mode,
+    Setting,
+    activation_bytes,
+    gathered_bytes,
+    rank_parts,
+    step_rows,
+    target_tokens,
+    token_width,
+    trained_numbers,
+)
 
 __all__ = ["Hardware", "Plan", "activation_bytes", "detect", "make", "show", "table"]
 
@@ -71,7 +81,7 @@ class Plan(Frozen):
     adapter_file_bytes: int
     """One safetensors file for each adapter; their sum."""
     checkpoint_bytes: int
-    """Adapters, optimizer moments and an allowance for JSON."""
+    """Adapters, networks that re-parametrise them, optimizer moments and an allowance for JSON."""
     fits: bool
     problems: tuple[str, ...]
     """Why the run cannot be, each with what would help. Empty when `fits`."""
@@ -114,7 +124,7 @@ def make(
     notes = []
     if passes_per_step is None:
         passes_per_step = _passes(cfg, world)
-        if cfg.task.max_text_tokens is None:
+        if _max_text_tokens(cfg) is None:
             notes.append("task.max_text_tokens is not given, so one pass a step is assumed.")
     dense = dtype_bytes(cfg.base.compute_dtype)
     packed = facts.packed_bytes(cfg.base.quantization, dense)
@@ -128,7 +138,10 @@ def make(
     is_sharded = mode == "world"
     gathered = gathered_bytes(facts, setting, dense) * passes_per_step if is_sharded else 0
     block = max(u.storage_elements(cfg.base.quantization) for u in facts.units if u.kind == "block")
-    adapter_files = sum(_safetensors_bytes(a.length, facts.hidden_size) for a in cfg.adapters.values())
+    adapter_files = sum(_safetensors_bytes(a.length, token_width(a, facts)) for a in cfg.adapters.values())
+    networks = sum(
+        trained_numbers(a, facts) * 4 for a in cfg.adapters.values() if a.kind == "prefix" and a.reparam == "mlp"
+    )
     notes += _notes(cfg, facts, hardware, setting, gathered // max(1, passes_per_step))
     return Plan(
         name=cfg.name,
@@ -150,7 +163,7 @@ def make(
         control_bytes_per_step=CONTROL_BYTES * len(cfg.adapters) if world > 1 else 0,
         prefetch_elements=block if is_sharded and hardware.kind == "cuda" else 0,
         adapter_file_bytes=adapter_files,
-        checkpoint_bytes=adapter_files + parts["optimizer_bytes"] + MANIFEST_BYTES * (1 + len(cfg.adapters)),
+        checkpoint_bytes=adapter_files + networks + parts["optimizer_bytes"] + MANIFEST_BYTES * (1 + len(cfg.adapters)),
         fits=not problems,
         problems=tuple(problems),
         notes=tuple(notes),
@@ -169,18 +182,25 @@ def _mode(cfg: RunConfig, packed: int, hardware: Hardware, world: int) -> tuple[
     return "world", f"the packed base takes {part:.0%} of a device, more than {REPLICATE_BELOW:.0%}"
 
 
+def _max_text_tokens(cfg: RunConfig) -> int | None:
+    """Of all tasks; None where one has no limit."""
+    limits = [cfg.adapter_task(name).max_text_tokens for name in cfg.adapters]
+    return None if None in limits else max(limit for limit in limits if limit is not None)
+
+
 def _passes(cfg: RunConfig, world: int) -> int:
-    if cfg.task.max_text_tokens is None:
+    most = _max_text_tokens(cfg)
+    if most is None:
         return 1
-    rows = math.ceil(len(cfg.adapters) * cfg.train.examples_per_step / world)
-    row = max(a.length for a in cfg.adapters.values()) + cfg.task.max_text_tokens + target_tokens(cfg)
-    return math.ceil(rows / max(1, cfg.train.microbatch_tokens // row))
+    target = max(target_tokens(cfg.adapter_task(name)) for name in cfg.adapters)
+    row = max(a.length for a in cfg.adapters.values()) + most + target
+    return math.ceil(step_rows(cfg, world) / max(1, cfg.train.microbatch_tokens // row))
 
 
-def _safetensors_bytes(length: int, hidden: int) -> int:
-    """Size of an adapter's file: 8-byte length, JSON header padded to 8 bytes, P * H float32."""
-    size = length * hidden * 4
-    entry = f'"prompt_embeddings":{{"dtype":"F32","shape":[{length},{hidden}],"data_offsets":[0,{size}]}}'
+def _safetensors_bytes(length: int, width: int) -> int:
+    """Size of an adapter's file: 8-byte length, JSON header padded to 8 bytes, P rows of `width` float32."""
+    size = length * width * 4
+    entry = f'"prompt_embeddings":{{"dtype":"F32","shape":[{length},{width}],"data_offsets":[0,{size}]}}'
     header = f'{{"__metadata__":{{"format":"pt"}},{entry}}}'
     return 8 + math.ceil(len(header) / 8) * 8 + size
 
@@ -193,7 +213,8 @@ def _shape_problems(cfg: RunConfig, facts: BaseFacts, hardware: Hardware, world:
             f"{world} ranks need {world} GPUs, {hardware.label} has {hardware.num_devices}; lower cluster.workers."
         )
     for name, adapter in cfg.adapters.items():
-        text, target = cfg.task.max_text_tokens or 1, target_tokens(cfg) if cfg.task.labels is None else 1
+        task = cfg.adapter_task(name)
+        text, target = task.max_text_tokens or 1, target_tokens(task) if task.labels is None else 1
         row = adapter.length + text + target
         if facts.max_positions is not None and row > facts.max_positions:
             problems.append(
@@ -226,7 +247,7 @@ def _too_big(
     fewer = setting.tokens
     while fewer > 1 and not is_enough(replace(setting, tokens=fewer)):
         fewer //= 2
-    row = max(a.length for a in cfg.adapters.values()) + (cfg.task.max_text_tokens or 1) + 1
+    row = max(a.length for a in cfg.adapters.values()) + (_max_text_tokens(cfg) or 1) + 1
     if fewer >= row:
         ways.append(f"train.microbatch_tokens={fewer}")
     if hardware.kind == "cuda":

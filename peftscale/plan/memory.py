@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from peftscale.config import Quantization, RunConfig
+from peftscale.config import AdapterConfig, PrefixConfig, Quantization, RunConfig, TaskConfig
 from peftscale.facts import BaseFacts, UnitFacts, dtype_bytes
 
 Mode = Literal["replicated", "world"]
@@ -35,7 +35,8 @@ def rank_parts(cfg: RunConfig, facts: BaseFacts, setting: Setting) -> dict[str, 
     dense, world = dtype_bytes(cfg.base.compute_dtype), setting.world
     is_sharded = setting.sharding == "world"
     padded = sorted(unit.packed_bytes(setting.quantization, dense, world) for unit in facts.stored_units)
-    adapters = sum(a.length for a in cfg.adapters.values()) * facts.hidden_size * 4
+    adapters = sum(trained_numbers(a, facts) for a in cfg.adapters.values()) * 4
+    prefixes = sum(_prefix_bytes(a, facts, dense) for a in cfg.adapters.values() if a.kind == "prefix")
     weights = [linear.rows * linear.cols for unit in facts.units for linear in unit.linears]
     # nf4 also makes its absmax float32: 4 bytes for 64 weights.
     extra = 1 / 16 if setting.quantization == "nf4" else 0
@@ -44,13 +45,38 @@ def rank_parts(cfg: RunConfig, facts: BaseFacts, setting: Setting) -> dict[str, 
         "gathered_units_bytes": sum(padded[-2:]) if is_sharded else 0,
         "adapter_bytes": adapters,
         "gradient_bytes": adapters,
-        "optimizer_bytes": adapters * (2 if cfg.train.optimizer == "adamw" else 1),
+        "optimizer_bytes": sum(
+            trained_numbers(a, facts) * 4 * (2 if cfg.adapter_train(name).optimizer == "adamw" else 1)
+            for name, a in cfg.adapters.items()
+        ),
         "activation_bytes": activation_bytes(
             facts, tokens=setting.tokens, dense_bytes=dense, is_checkpointed=setting.checkpoints
-        ),
+        )
+        + prefixes,
         "dequantized_bytes": 0 if setting.quantization == "none" else int(max(weights) * (dense + extra)),
         "logits_bytes": _targets(cfg, setting) * facts.vocab_size * (dense + 8),
     }
+
+
+def token_width(adapter: AdapterConfig, facts: BaseFacts) -> int:
+    """Numbers of one virtual token, as the adapter's file keeps it."""
+    return facts.hidden_size if adapter.kind == "prompt" else facts.prefix_width
+
+
+def trained_numbers(adapter: AdapterConfig, facts: BaseFacts) -> int:
+    """Numbers that are trained: those of the file, or vectors of H and two layers that make those."""
+    width = token_width(adapter, facts)
+    if adapter.kind == "prompt" or adapter.reparam_hidden_size is None:
+        return adapter.length * width
+    hidden = adapter.reparam_hidden_size
+    return adapter.length * facts.hidden_size + hidden * (facts.hidden_size + 1) + width * (hidden + 1)
+
+
+def _prefix_bytes(adapter: PrefixConfig, facts: BaseFacts, dense_bytes: int) -> int:
+    """Beside parameter and gradient: keys and values in the compute dtype and their gradient, and what a network
+    made, as a leaf, with its gradient."""
+    copies = 12 if adapter.reparam == "mlp" else 0
+    return adapter.length * facts.prefix_width * (2 * dense_bytes + copies)
 
 
 def activation_bytes(facts: BaseFacts, *, tokens: int, dense_bytes: int, is_checkpointed: bool) -> int:
@@ -97,16 +123,20 @@ def gathered_bytes(facts: BaseFacts, setting: Setting, dense: int) -> int:
     )
 
 
-def target_tokens(cfg: RunConfig) -> int:
+def target_tokens(task: TaskConfig) -> int:
     """Most target tokens of one example; a label word has no more tokens than UTF-8 bytes."""
-    if cfg.task.labels is None:
-        return cfg.task.max_target_tokens
-    return max(len(word.encode()) for word in cfg.task.labels.values()) + 1
+    if task.labels is None:
+        return task.max_target_tokens
+    return max(len(word.encode()) for word in task.labels.values()) + 1
+
+
+def step_rows(cfg: RunConfig, world: int) -> int:
+    """Examples of one step of all adapters, on the rank that has most."""
+    return math.ceil(sum(cfg.adapter_train(name).examples_per_step for name in cfg.adapters) / world)
 
 
 def _targets(cfg: RunConfig, setting: Setting) -> int:
     """Most target positions of one pass: rows as short as they can be, as many as there are."""
-    target = target_tokens(cfg)
+    target = max(target_tokens(cfg.adapter_task(name)) for name in cfg.adapters)
     row = min(a.length for a in cfg.adapters.values()) + 1 + target
-    rows = math.ceil(len(cfg.adapters) * cfg.train.examples_per_step / setting.world)
-    return max(1, min(rows, setting.tokens // row)) * target
+    return max(1, min(step_rows(cfg, setting.world), setting.tokens // row)) * target

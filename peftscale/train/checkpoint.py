@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load, save
@@ -27,8 +27,11 @@ from peftscale.train.optim import AdapterOptimizer
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 _MANIFEST, _STATE, _ADAPTERS, _MOMENTS = "manifest.json", "state.json", "adapters.safetensors", "optimizer.safetensors"
+
+
+Outcome = Literal["finished", "stopped early", "failed"]
 
 
 @dataclass
@@ -46,6 +49,12 @@ class AdapterProgress:
     nonfinite_steps: int = 0
     """In a row."""
     last_loss: float | None = None
+    steps: int = 0
+    """Taken, also those that changed nothing."""
+    outcome: Outcome | None = None
+    """How it left the cohort; None while it trains."""
+    reason: str | None = None
+    """Why it left before its last step."""
 
 
 @dataclass
@@ -55,12 +64,17 @@ class State:
     cohort: Cohort
     optimizers: Mapping[str, AdapterOptimizer]
     best_rows: dict[str, Tensor]
-    """(P, H) float32 copy of each adapter at its best evaluation."""
+    """float32 copy of each adapter's values, folded, at its best evaluation."""
     progress: dict[str, AdapterProgress]
     step: int = 0
     """Steps taken."""
     num_skipped: int = 0
     """Steps, over the whole run, in which an adapter was not updated."""
+
+    @property
+    def training(self) -> tuple[str, ...]:
+        """The adapters that have not left, in the order of the cohort."""
+        return tuple(name for name in self.cohort if self.progress[name].outcome is None)
 
 
 @dataclass(frozen=True)
@@ -84,9 +98,13 @@ def save_(state: State, root: Path, identity: Identity, *, keep: int) -> Path:
     Raises:
         CheckpointError: the disk is full or cannot be written. Older checkpoints are untouched.
     """
-    tensors = {f"{name}.last": adapter.rows_PH.detach() for name, adapter in state.cohort.items()}
-    tensors |= {f"{name}.best": rows for name, rows in state.best_rows.items()}
-    moments = {f"{name}.{k}": v for name, optimizer in state.optimizers.items() for k, v in optimizer.state().items()}
+    tensors = {
+        f"{name}/last/{tensor}": parameter.detach()
+        for name, adapter in state.cohort.items()
+        for tensor, parameter in adapter.named_parameters()
+    }
+    tensors |= {f"{name}/best": rows for name, rows in state.best_rows.items()}
+    moments = {f"{name}/{k}": v for name, optimizer in state.optimizers.items() for k, v in optimizer.state().items()}
     files = {
         _ADAPTERS: save({name: t.cpu().contiguous() for name, t in tensors.items()}),
         _MOMENTS: save({name: t.cpu().contiguous() for name, t in moments.items()}),
@@ -159,12 +177,14 @@ def _take_over(
     for name, saved in content["progress"].items():
         cursor = Cursor(**saved.pop("cursor"))
         state.progress[name] = AdapterProgress(cursor=cursor, **saved)
-        rows_PH = state.cohort[name].rows_PH
+        parameters = dict(state.cohort[name].named_parameters())
+        device = next(iter(parameters.values())).device
         with torch.no_grad():
-            rows_PH.copy_(tensors[f"{name}.last"])
-        if f"{name}.best" in tensors:
-            state.best_rows[name] = tensors[f"{name}.best"].to(rows_PH.device)
-        own = {k.removeprefix(f"{name}."): v.to(rows_PH.device) for k, v in moments.items() if k.startswith(f"{name}.")}
+            for tensor, parameter in parameters.items():
+                parameter.copy_(tensors[f"{name}/last/{tensor}"])
+        if f"{name}/best" in tensors:
+            state.best_rows[name] = tensors[f"{name}/best"].to(device)
+        own = {k.removeprefix(f"{name}/"): v.to(device) for k, v in moments.items() if k.startswith(f"{name}/")}
         state.optimizers[name].restore(own)
     torch.random.set_rng_state(torch.tensor(content["torch_rng"], dtype=torch.uint8))
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from peftscale.adapters import SoftPrompt
+from peftscale.adapters import Adapter, Folded
 from peftscale.base.load import Base
-from peftscale.base.padded import generate
+from peftscale.base.padded import generate, generates_with
 from peftscale.base.passes import target_logits
 from peftscale.config import Metric
 from peftscale.data import metrics as scores
@@ -41,7 +41,7 @@ class Evaluation:
 
 def run(
     base: Base,
-    adapters: Mapping[str, SoftPrompt],
+    adapters: Mapping[str, Adapter],
     task: TaskData,
     examples: Sequence[Example],
     *,
@@ -61,8 +61,9 @@ def run(
         lengths[BASE_ALONE] = 0
     base.eval()
     with torch.no_grad():
+        folded = {name: adapter.folded() for name, adapter in adapters.items()}
         found = (_classify if task.labels else _generate)(
-            base, adapters, lengths, task, examples, microbatch_tokens=microbatch_tokens
+            base, folded, lengths, task, examples, microbatch_tokens=microbatch_tokens
         )
     base.train()
     seconds = time.perf_counter() - start
@@ -82,7 +83,7 @@ def _passes(items: Sequence[Item], microbatch_tokens: int, *, is_packed: bool) -
 
 def _classify(
     base: Base,
-    adapters: Mapping[str, SoftPrompt],
+    adapters: Mapping[str, Folded],
     lengths: Mapping[str, int],
     task: TaskData,
     examples: Sequence[Example],
@@ -119,7 +120,7 @@ def _classify(
 
 def _generate(
     base: Base,
-    adapters: Mapping[str, SoftPrompt],
+    adapters: Mapping[str, Folded],
     lengths: Mapping[str, int],
     task: TaskData,
     examples: Sequence[Example],
@@ -132,8 +133,11 @@ def _generate(
     texts: dict[tuple[str, int], str] = {}
     # A row goes on until the last one of its pass, on any rank, has ended: one with less room would leave the base's
     # positions behind. So rows of different room go in different passes; as a rule there is one room for all.
-    for num in sorted(set(room)):
-        alike = [item for item in items if item.num_new_tokens == num]
+    # Rows with a prefix go with those of the same one. Groups are in the order of the items, alike on every rank.
+    groups: dict[tuple[int, int, int], list[Item]] = {}
+    for item, row in zip(items, rows_of(items, adapters), strict=True):
+        groups.setdefault((item.num_new_tokens, *generates_with(base, row)), []).append(item)
+    for (num, *_), alike in groups.items():
         for of_pass in _passes(alike, microbatch_tokens, is_packed=False):
             written = generate(base, rows_of(of_pass, adapters), max_new_tokens=num)
             for item, ids in zip(of_pass, written, strict=True):

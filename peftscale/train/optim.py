@@ -1,21 +1,27 @@
-"""Optimizer and schedule of one adapter.
+"""Optimizer and schedule of the adapters: each has its own, and one update moves all of a kind at once.
 
 Adapters live outside DeepSpeed, whole and float32 on every rank, so any optimizer works and its numbers do not
-depend on how many ranks there are. AdamW is torch's, Adafactor is transformers'.
+depend on how many ranks there are. `update_` makes one pass of foreach operations over the tensors of all adapters
+with the same kind of optimizer: torch's own foreach AdamW takes one rate a call, which for a cohort would be a Python
+loop over adapters. The formulas are those of torch's AdamW and of transformers' Adafactor without factoring.
 
-Source: Lester et al. 2021, arXiv:2104.08691, section 3.2 (Adafactor at a constant 0.3, no parameter scaling);
-T5X for two details that the paper leaves to it: a prompt shorter than 128 rows is not factored, and weight
-decay is not multiplied by the rate.
+Source: Loshchilov and Hutter 2019, arXiv:1711.05101 (AdamW); Shazeer and Stern 2018, arXiv:1804.04235 (Adafactor);
+Lester et al. 2021, arXiv:2104.08691, section 3.2 (Adafactor at a constant 0.3, no parameter scaling); T5X for two
+details that the paper leaves to it: a prompt shorter than 128 rows is not factored, and weight decay is not
+multiplied by the rate.
 """
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers.optimization import Adafactor
 
 from peftscale.config import TrainConfig
+
+_BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8  # AdamW, torch's defaults
+_DECAY_POWER, _EPS_SQUARE, _CLIP_RMS = -0.8, 1e-30, 1.0  # Adafactor, the paper's
 
 
 def rate_at(cfg: TrainConfig, step: int) -> float:
@@ -38,68 +44,171 @@ def rate_at(cfg: TrainConfig, step: int) -> float:
 
 
 class AdapterOptimizer:
-    """Updates the tensors of one adapter, and keeps what a resume needs as plain tensors."""
+    """The tensors of one adapter with their moments, and what a resume needs as plain tensors."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], cfg: TrainConfig) -> None:
-        self._cfg = cfg
-        self._parameters = list(parameters)
-        # Vectors over the same storage: Adafactor factors whatever has two axes, a prompt must not be.
-        self._flat = [nn.Parameter(p.data.view(-1)) for p in self._parameters]
-        self._optimizer: torch.optim.Optimizer
-        if cfg.optimizer == "adamw":
-            self._optimizer = torch.optim.AdamW(self._flat, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
-        else:
-            self._optimizer = Adafactor(
-                self._flat,
-                lr=cfg.learning_rate,
-                scale_parameter=False,
-                relative_step=False,
-                warmup_init=False,
-                decay_rate=-0.8,
-                clip_threshold=1.0,
-            )
+        """Take the tensors as they are; `cfg` is the adapter's own (`RunConfig.adapter_train`)."""
+        self.cfg = cfg
+        self.parameters = list(parameters)
+        self.num_updates = 0
+        self.moments: list[dict[str, Tensor]] = [{} for _ in self.parameters]
+        """For each tensor flat float32 vectors by name; empty before the first update."""
 
     def update(self, step: int) -> float:
         """Clip, move the adapter by its gradient and clear it. Returns the rate used."""
-        rate = rate_at(self._cfg, step)
-        if self._cfg.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self._parameters, self._cfg.clip_norm)
-        for flat, parameter in zip(self._flat, self._parameters, strict=True):
-            assert parameter.grad is not None and flat.data_ptr() == parameter.data_ptr()
-            flat.grad = parameter.grad.view(-1)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-            if self._cfg.optimizer == "adafactor":  # it multiplies by the rate, T5X does not
-                group["weight_decay"] = self._cfg.weight_decay / rate if rate > 0 else 0.0
-        self._optimizer.step()
-        self.clear()
-        return rate
+        return update_([self], step)[0]
 
     def clear(self) -> None:
         """Forget the gradient."""
-        for flat, parameter in zip(self._flat, self._parameters, strict=True):
-            flat.grad = parameter.grad = None
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def num_bytes(self) -> int:
         """Of the moments, after the first update."""
-        return sum(tensor.nbytes for tensor in self.state().values())
+        return sum(tensor.nbytes for moments in self.moments for tensor in moments.values())
 
     def state(self) -> dict[str, Tensor]:
-        """The moments, as tensors named '<parameter>.<moment>'; numbers become vectors of one float64."""
+        """The moments, as tensors named '<parameter>.<moment>', and the number of updates as a vector of one."""
+        if self.num_updates == 0:
+            return {}
+
+        def count() -> Tensor:  # one for each tensor: a file holds no two names of one storage
+            return torch.tensor([self.num_updates], dtype=torch.float64)
+
         return {
-            f"{i}.{key}": value if isinstance(value, Tensor) else torch.tensor([value], dtype=torch.float64)
-            for i, moments in self._optimizer.state_dict()["state"].items()
-            for key, value in moments.items()
+            f"{i}.{key}": value
+            for i, moments in enumerate(self.moments)
+            for key, value in {"step": count(), **moments}.items()
         }
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Take over the moments that `state` gave."""
-        full = self._optimizer.state_dict()
-        full["state"] = {}
+        self.num_updates = 0
+        self.moments = [{} for _ in self.parameters]
         for name, value in state.items():
             index, key = name.split(".", 1)
-            is_number = value.dtype == torch.float64 and value.shape == (1,)
-            number = value.item() if is_number else None
-            moments = full["state"].setdefault(int(index), {})
-            moments[key] = (int(number) if key == "step" else number) if number is not None else value.clone()
-        self._optimizer.load_state_dict(full)
+            if key == "step":
+                self.num_updates = int(value.item())
+            else:
+                self.moments[int(index)][key] = value.clone()
+
+    def take(self, *names: str) -> None:
+        """Count an update, and make the moments of these names where there are none yet."""
+        self.num_updates += 1
+        for parameter, moments in zip(self.parameters, self.moments, strict=True):
+            for name in names:
+                if name not in moments:
+                    moments[name] = torch.zeros(parameter.numel(), device=parameter.device)
+
+
+def update_(optimizers: Sequence[AdapterOptimizer], step: int) -> list[float]:
+    """Clip, move every adapter by its gradient and clear it, each kind of optimizer in one batch.
+
+    Numbers are bitwise those of updating one adapter after the other.
+
+    Args:
+        optimizers: of the adapters that move in this step; each tensor has a gradient.
+        step: 0 for the first.
+
+    Returns:
+        The rate of each.
+    """
+    with torch.no_grad():
+        _clip_([optimizer for optimizer in optimizers if optimizer.cfg.clip_norm is not None])
+        rates = [rate_at(optimizer.cfg, step) for optimizer in optimizers]
+        for kind, move in (("adamw", _adamw_), ("adafactor", _adafactor_)):
+            alike = [(o, rate) for o, rate in zip(optimizers, rates, strict=True) if o.cfg.optimizer == kind]
+            if alike:
+                move([o for o, _ in alike], [rate for _, rate in alike])
+    for optimizer in optimizers:
+        optimizer.clear()
+    return rates
+
+
+def are_finite(groups: Sequence[Sequence[Tensor]]) -> list[bool]:
+    """Whether every value of every tensor of each group is finite: one batch of norms and one wait for the device."""
+    tensors = [tensor for group in groups for tensor in group]
+    if not tensors:
+        return [True] * len(groups)
+    # The largest magnitude, which NaN and infinity pass through; a sum of squares could overflow by itself.
+    largest = torch.stack(torch._foreach_norm(tensors, float("inf"))).isfinite().tolist()
+    ends = list(itertools.accumulate(len(group) for group in groups))
+    return [all(largest[end - len(group) : end]) for group, end in zip(groups, ends, strict=True)]
+
+
+def _clip_(optimizers: Sequence[AdapterOptimizer]) -> None:
+    """Scale the gradients of each adapter to its largest L2 norm, over all its tensors."""
+    if not optimizers:
+        return
+    norms = torch._foreach_norm([grad for optimizer in optimizers for grad in _gradients(optimizer)])
+    scales, at = [], 0
+    for optimizer in optimizers:
+        num, most = len(optimizer.parameters), optimizer.cfg.clip_norm
+        assert most is not None
+        norm = torch.linalg.vector_norm(torch.stack(norms[at : at + num]))
+        scales += [(most / (norm + 1e-6)).clamp(max=1.0)] * num
+        at += num
+    torch._foreach_mul_([grad for optimizer in optimizers for grad in _gradients(optimizer)], scales)
+
+
+def _adamw_(optimizers: Sequence[AdapterOptimizer], rates: Sequence[float]) -> None:
+    """torch.optim.AdamW with a rate, a decay and a count of updates for each adapter."""
+    for optimizer in optimizers:
+        optimizer.take("exp_avg", "exp_avg_sq")
+    values, grads = _flat(optimizers)
+    means, squares = _moments(optimizers, "exp_avg"), _moments(optimizers, "exp_avg_sq")
+    pairs = list(zip(optimizers, rates, strict=True))
+    torch._foreach_mul_(values, _each(optimizers, [1 - rate * o.cfg.weight_decay for o, rate in pairs]))
+    torch._foreach_lerp_(means, grads, 1 - _BETA1)
+    torch._foreach_mul_(squares, _BETA2)
+    torch._foreach_addcmul_(squares, grads, grads, 1 - _BETA2)
+    under = torch._foreach_sqrt(squares)
+    torch._foreach_div_(under, _each(optimizers, [(1 - _BETA2**o.num_updates) ** 0.5 for o in optimizers]))
+    torch._foreach_add_(under, _EPS)
+    sizes = [-rate / (1 - _BETA1**o.num_updates) for o, rate in pairs]
+    torch._foreach_addcdiv_(values, means, under, _each(optimizers, sizes))
+
+
+def _adafactor_(optimizers: Sequence[AdapterOptimizer], rates: Sequence[float]) -> None:
+    """Adafactor without factoring, parameter scaling or momentum. Decay is not multiplied by the rate, as in T5X."""
+    for optimizer in optimizers:
+        optimizer.take("exp_avg_sq")
+    values, grads = _flat(optimizers)
+    squares = _moments(optimizers, "exp_avg_sq")
+    kept = [1 - o.num_updates**_DECAY_POWER for o in optimizers]
+    new = torch._foreach_mul(grads, grads)
+    torch._foreach_add_(new, _EPS_SQUARE)
+    torch._foreach_mul_(new, _each(optimizers, [1 - part for part in kept]))
+    torch._foreach_mul_(squares, _each(optimizers, kept))
+    torch._foreach_add_(squares, new)
+    moves = torch._foreach_rsqrt(squares)
+    torch._foreach_mul_(moves, grads)
+    sizes = torch.tensor([move.numel() for move in moves], device=moves[0].device)
+    rms = torch.stack(torch._foreach_norm(moves)) / sizes.sqrt()
+    torch._foreach_div_(moves, list((rms / _CLIP_RMS).clamp(min=1.0).unbind()))
+    torch._foreach_mul_(moves, _each(optimizers, rates))
+    # A rate of zero, at the very end of a schedule, leaves the adapter as it is.
+    decays = [o.cfg.weight_decay if rate > 0 else 0.0 for o, rate in zip(optimizers, rates, strict=True)]
+    torch._foreach_mul_(values, _each(optimizers, [1 - decay for decay in decays]))
+    torch._foreach_sub_(values, moves)
+
+
+def _gradients(optimizer: AdapterOptimizer) -> list[Tensor]:
+    grads = [parameter.grad for parameter in optimizer.parameters]
+    assert all(grad is not None for grad in grads)
+    return [grad for grad in grads if grad is not None]
+
+
+def _flat(optimizers: Sequence[AdapterOptimizer]) -> tuple[list[Tensor], list[Tensor]]:
+    """Every tensor and its gradient as vectors over the same storage: an optimizer has no use for axes."""
+    values = [parameter.detach().view(-1) for optimizer in optimizers for parameter in optimizer.parameters]
+    return values, [grad.reshape(-1) for optimizer in optimizers for grad in _gradients(optimizer)]
+
+
+def _moments(optimizers: Sequence[AdapterOptimizer], name: str) -> list[Tensor]:
+    return [moments[name] for optimizer in optimizers for moments in optimizer.moments]
+
+
+def _each(optimizers: Sequence[AdapterOptimizer], numbers: Sequence[float]) -> list[float]:
+    """A number of each adapter -> the same number for each of its tensors."""
+    return [x for optimizer, x in zip(optimizers, numbers, strict=True) for _ in optimizer.parameters]

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from peftscale.adapters import Cohort
+from peftscale.adapters import Cohort, Folded, Prefix, SoftPrompt
+from peftscale.adapters.reparam import FoldedPrefix
 from peftscale.base.load import Base
 from peftscale.base.padded import Row
 from peftscale.base.passes import target_losses
 from peftscale.data.batches import Item, plan_passes
-from peftscale.train import comm
+from peftscale.train import comm, optim
 from peftscale.train.comm import Traffic
 from peftscale.train.optim import AdapterOptimizer
 
@@ -30,7 +31,8 @@ class StepResult:
     """Nats a target token, by adapter."""
     skipped: tuple[str, ...]
     """Adapters that were not updated, because their loss or gradient was not finite."""
-    learning_rate: float
+    rates: dict[str, float]
+    """Learning rate of each adapter that was updated."""
     num_tokens: int
     """Inputs and targets over all ranks, without padding and without virtual tokens."""
     seconds: float
@@ -38,13 +40,15 @@ class StepResult:
     """Bytes of this rank's collectives."""
 
 
-def rows_of(items: Sequence[Item], cohort: Mapping[str, object]) -> list[Row]:
-    """The rows of one pass; an item whose adapter is not in the cohort goes through the base alone."""
+def rows_of(items: Sequence[Item], adapters: Mapping[str, Folded]) -> list[Row]:
+    """The rows of one pass; an item whose adapter is not among them goes through the base alone."""
     rows = []
     for item in items:
-        adapter = cohort.get(item.adapter)
-        prompt = getattr(adapter, "rows_PH", None)
-        rows.append(Row(prompt, (*item.example.input_ids, *item.target_ids), len(item.target_ids)))
+        adapter = adapters.get(item.adapter)
+        prompt_PH = adapter.rows_PH if isinstance(adapter, SoftPrompt) else None
+        prefix_L2PKD = adapter.keys_values_L2PKD if isinstance(adapter, Prefix) else None
+        ids = (*item.example.input_ids, *item.target_ids)
+        rows.append(Row(prompt_PH, ids, len(item.target_ids), prefix_L2PKD))
     return rows
 
 
@@ -57,22 +61,29 @@ def run(
     step: int,
     microbatch_tokens: int,
 ) -> StepResult:
-    """Train one step on `items`, of all adapters and all ranks."""
+    """Train one step on `items`, of all adapters and all ranks.
+
+    Args:
+        base: the frozen base.
+        cohort: the adapters that are still training: their bytes are reduced, no others.
+        optimizers: of at least those.
+        items: of those adapters, any number of each.
+        step: 0 for the first.
+        microbatch_tokens: most tokens of one pass of one rank.
+    """
     start, before = time.perf_counter(), comm.traffic()
     losses = gradient(base, cohort, items, microbatch_tokens=microbatch_tokens)
-    skipped, rate = [], 0.0
-    for name, adapter in cohort.items():
-        gradients = [p.grad for p in adapter.parameters() if p.grad is not None]
-        # Loss and gradient are the same on every rank after the reductions, and so is this decision.
-        if torch.isfinite(losses[name]) and all(bool(torch.isfinite(g).all()) for g in gradients):
-            rate = optimizers[name].update(step)
-        else:
-            optimizers[name].clear()
-            skipped.append(name)
+    are_finite = optim.are_finite([[p.grad for p in a.parameters() if p.grad is not None] for a in cohort.values()])
+    # Loss and gradient are the same on every rank after the reductions, and so is this decision.
+    moving = [name for name, good in zip(cohort, are_finite, strict=True) if good and torch.isfinite(losses[name])]
+    skipped = [name for name in cohort if name not in moving]
+    for name in skipped:
+        optimizers[name].clear()
+    rates = optim.update_([optimizers[name] for name in moving], step)
     return StepResult(
         losses={name: float(loss) for name, loss in losses.items()},
         skipped=tuple(skipped),
-        learning_rate=rate,
+        rates=dict(zip(moving, rates, strict=True)),
         num_tokens=sum(item.num_tokens - item.prompt_length for item in items),
         seconds=time.perf_counter() - start,
         traffic=comm.traffic().since(before),
@@ -93,8 +104,9 @@ def gradient(base: Base, cohort: Cohort, items: Sequence[Item], *, microbatch_to
     passes = plan_passes(items, world=comm.world_size(), microbatch_tokens=microbatch_tokens, is_packed=base.is_packed)[
         comm.rank()
     ]
+    folded = {name: adapter.folded() for name, adapter in cohort.items()}
     for of_pass in passes:
-        nll_M = target_losses(base, rows_of(of_pass, cohort))
+        nll_M = target_losses(base, rows_of(of_pass, folded))
         if not of_pass:
             nll_M.sum().backward()
             continue
@@ -105,6 +117,9 @@ def gradient(base: Base, cohort: Cohort, items: Sequence[Item], *, microbatch_to
         parts = nll_M.detach().double().cpu().split([len(item.target_ids) for item in of_pass])
         for item, part in zip(of_pass, parts, strict=True):
             totals_K[names.index(item.adapter)] += part.sum() / num_targets[item.adapter]
+    for adapter in folded.values():
+        if isinstance(adapter, FoldedPrefix):
+            adapter.send_back()
     for parameter in cohort.parameters():
         if parameter.grad is None:  # this rank had no row of the adapter
             parameter.grad = torch.zeros_like(parameter)

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from peftscale.adapters import SoftPrompt, files
+from peftscale.adapters import Folded, Prefix, files, refuse_prefix_on
 from peftscale.base import load as base_load
+from peftscale.base import prefixed
 from peftscale.base.load import Base
 from peftscale.config import RunConfig
 from peftscale.data import tasks
@@ -28,7 +29,7 @@ class Opened:
     """A base with adapters that fit it."""
 
     base: Base
-    adapters: dict[str, SoftPrompt]
+    adapters: dict[str, Folded]
     notes: list[str]
     """What the user should know: 'base not verified'."""
 
@@ -104,9 +105,17 @@ def _open(cfg: RunConfig, directories: Sequence[Path], device: torch.device) -> 
         cfg.base, sharding=planned.sharding, device=device, prefetch_elements=planned.prefetch_elements
     )
     choose_packing(cfg, base)
-    adapters, notes = {}, []
+    adapters: dict[str, Folded] = {}
+    notes = []
     for directory in directories:
-        adapter, info = files.load(directory, base_digest=base.digest, hidden_size=base.hidden_size)
+        adapter, info = files.load(
+            directory,
+            base_digest=base.digest,
+            hidden_size=base.hidden_size,
+            prefix_shape=prefixed.shape_of(base.model.config),
+        )
+        if isinstance(adapter, Prefix):
+            refuse_prefix_on(base, f"adapter {directory}")
         adapters[str(directory)] = adapter.to(device)
         if not info.base_is_verified:
             notes.append(f"{directory}: base not verified (no peftscale.json beside the adapter)")

@@ -8,7 +8,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,9 +25,9 @@ from peftscale.data import tasks
 from peftscale.data.batches import Cursor, Item, pass_tokens, plan_passes, training_items
 from peftscale.data.rows import Split
 from peftscale.data.tasks import TaskData
-from peftscale.errors import CheckpointError, ConfigError, TrainingError
+from peftscale.errors import CheckpointError, ConfigError, DataError
 from peftscale.plan import Plan
-from peftscale.train import checkpoint, comm, evaluate, memory, step
+from peftscale.train import checkpoint, comm, departures, evaluate, memory, step
 from peftscale.train.checkpoint import AdapterProgress, Identity, State
 from peftscale.train.optim import AdapterOptimizer
 from peftscale.train.step import StepResult
@@ -45,7 +45,8 @@ class Job:
 
     cfg: RunConfig
     base: Base
-    task: TaskData
+    tasks: dict[str, TaskData]
+    """Of each adapter; adapters with the same task share it."""
     state: State
     plan: Plan
     identity: Identity
@@ -59,10 +60,12 @@ class Job:
     def run_dir(self) -> Path:
         return self.cfg.run_dir
 
-    @property
-    def reported_split(self) -> Split:
-        """What the summary's before and after are measured on."""
-        return "test" if self.task.test else "validation"
+    def by_task(self, names: Iterable[str]) -> list[tuple[list[str], TaskData]]:
+        """Adapters that are evaluated in the same passes, in the order of the run file."""
+        groups: dict[int, list[str]] = {}
+        for name in names:
+            groups.setdefault(id(self.tasks[name]), []).append(name)
+        return [(group, self.tasks[group[0]]) for group in groups.values()]
 
 
 def main(cfg: RunConfig, report: Report = lambda step: None) -> records.RunSummary:
@@ -83,7 +86,7 @@ def open_job(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, repo
         PeftscaleError: the base, the data, an adapter's start or a checkpoint cannot be used.
     """
     planned = make_plan(cfg, device)
-    task = _load_task(cfg)  # before the base: a wrong label is known in seconds, packing may take an hour
+    data = _load_tasks(cfg)  # before the base: a wrong label is known in seconds, packing may take an hour
     peak.restart()  # data and its libraries are not the base's
     base = base_load.load(
         cfg.base, sharding=planned.sharding, device=device, prefetch_elements=planned.prefetch_elements
@@ -92,16 +95,16 @@ def open_job(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, repo
     cohort = adapters.build(cfg, base)
     state = State(
         cohort=cohort,
-        optimizers={name: AdapterOptimizer(a.parameters(), cfg.train) for name, a in cohort.items()},
+        optimizers={name: AdapterOptimizer(a.parameters(), cfg.adapter_train(name)) for name, a in cohort.items()},
         best_rows={},
         progress={name: AdapterProgress(Cursor(cfg.adapter_seed(name))) for name in cohort},
     )
     identity = Identity(
         base.digest, configio.fingerprint(cfg), comm.world_size(), torch.get_num_threads(), configio.dump(cfg)
     )
-    passes, tokens = _typical_passes(cfg, cohort, task, is_packed=base.is_packed)
+    passes, tokens = _typical_passes(cfg, cohort, data, is_packed=base.is_packed)
     planned = make_plan(cfg, device, passes_per_step=passes, tokens_per_pass=tokens)
-    job = Job(cfg, base, task, state, planned, identity, peak, report)
+    job = Job(cfg, base, data, state, planned, identity, peak, report)
     _begin(job)
     if why_padded:
         _note(job, f"passes are padded: {why_padded}")
@@ -119,13 +122,26 @@ def choose_packing(cfg: RunConfig, base: Base) -> str | None:
     return None
 
 
-def _load_task(cfg: RunConfig) -> TaskData:
+def _load_tasks(cfg: RunConfig) -> dict[str, TaskData]:
+    """The data of each adapter, each task read once."""
     model_dir = base_load.resolve(cfg.base.model, cfg.base.revision, with_weights=False)
     base_load.make_skeleton(cfg.base, model_dir)  # a base that cannot be trained is said first
     positions = facts.load(model_dir).max_positions
-    longest = max(adapter.length for adapter in cfg.adapters.values())
-    room = None if positions is None else positions - longest
-    return tasks.load(cfg.task, base_load.load_tokenizer(model_dir), max_tokens=room)
+    tokenizer = base_load.load_tokenizer(model_dir)
+    alike: dict[str, list[str]] = {}
+    for name in cfg.adapters:
+        alike.setdefault(cfg.adapter_task(name).model_dump_json(), []).append(name)
+    found: dict[str, TaskData] = {}
+    for names in alike.values():
+        room = None if positions is None else positions - max(cfg.adapters[name].length for name in names)
+        try:
+            data = tasks.load(cfg.adapter_task(names[0]), tokenizer, max_tokens=room)
+        except (ConfigError, DataError) as error:
+            if cfg.adapters[names[0]].task is None:
+                raise
+            raise type(error)(f"adapters.{names[0]}: {error}") from error
+        found |= dict.fromkeys(names, data)
+    return found
 
 
 def _begin(job: Job) -> None:
@@ -136,10 +152,12 @@ def _begin(job: Job) -> None:
     if found is not None:
         _note(job, f"goes on from {found.name}")
         return
-    if job.task.num_cut:
-        _note(job, f"{job.task.num_cut} inputs lost their first tokens to task.max_text_tokens")
-    if job.task.num_seams:
-        _note(job, f"{job.task.num_seams} targets do not join their input: does task.input end in a blank?")
+    for _, task in job.by_task(job.tasks):
+        of_task = f" (task {task.name})" if len(job.by_task(job.tasks)) > 1 else ""
+        if task.num_cut:
+            _note(job, f"{task.num_cut} inputs lost their first tokens to task.max_text_tokens{of_task}")
+        if task.num_seams:
+            _note(job, f"{task.num_seams} targets do not join their input: does task.input end in a blank?{of_task}")
 
 
 def _note(job: Job, text: str) -> None:
@@ -163,22 +181,20 @@ def train(job: Job) -> records.RunSummary:
         return records.RunSummary.model_validate_json(ended.read_text())
     if state.step == 0:
         _evaluate_before(job)
-        _evaluate(job)
-    while state.step < cfg.train.steps and not _is_over(job):
+        _evaluate(job, state.training)
+    while training := state.training:
         result = step.run(
             job.base,
-            state.cohort,
+            Cohort({name: state.cohort[name] for name in training}),
             state.optimizers,
-            _take_items(cfg, state, job.task),
+            _take_items(cfg, state, job.tasks),
             step=state.step,
             microbatch_tokens=cfg.train.microbatch_tokens,
         )
         state.step += 1
         _book(job, result)
-        is_last = state.step == cfg.train.steps
-        if is_last or state.step % cfg.train.evaluate_every == 0:
-            _evaluate(job)
-        if is_last or state.step % cfg.train.checkpoint_every == 0 or _is_over(job):
+        have_left = _let_go(job, training)
+        if have_left or state.step % cfg.train.checkpoint_every == 0:
             save(job)
     return _finish(job, time.perf_counter() - start)
 
@@ -189,8 +205,11 @@ def save(job: Job) -> None:
     def write() -> None:
         checkpoint.save_(job.state, job.run_dir / CHECKPOINTS, job.identity, keep=job.cfg.train.keep_checkpoints)
         for name, adapter in job.state.cohort.items():
-            _save_adapter(job, name, "last", adapter.rows_PH, job.state.step)
-            _save_adapter(job, name, "best", job.state.best_rows[name], job.state.progress[name].best_step)
+            progress = job.state.progress[name]
+            kept = {"last": (_values(adapter), progress.steps), "best": (job.state.best_rows[name], progress.best_step)}
+            for which, (values, at_step) in kept.items():
+                if bool(torch.isfinite(values).all()):  # an adapter that failed is nobody's to load
+                    _save_adapter(job, name, which, values, at_step)
 
     _write_on_rank_0(job, write)
     job.report(job.state.step)
@@ -225,13 +244,14 @@ def pick_device(cfg: RunConfig) -> torch.device:
     return device
 
 
-def _take_items(cfg: RunConfig, state: State, task: TaskData) -> list[Item]:
-    """The items of the next step, of all adapters; moves their cursors."""
+def _take_items(cfg: RunConfig, state: State, data: Mapping[str, TaskData]) -> list[Item]:
+    """The items of the next step, of all adapters that train; moves their cursors."""
     items: list[Item] = []
-    for name, adapter in state.cohort.items():
-        progress = state.progress[name]
-        at, progress.cursor = progress.cursor.take(cfg.train.examples_per_step, num_examples=len(task.train))
-        items += training_items(name, adapter.length, [task.train[i] for i in at])
+    for name in state.training:
+        progress, train_split = state.progress[name], data[name].train
+        num = cfg.adapter_train(name).examples_per_step
+        at, progress.cursor = progress.cursor.take(num, num_examples=len(train_split))
+        items += training_items(name, state.cohort[name].length, [train_split[i] for i in at])
     return items
 
 
@@ -249,12 +269,14 @@ def make_plan(cfg: RunConfig, device: torch.device, **known: int) -> Plan:
     return planned
 
 
-def _typical_passes(cfg: RunConfig, cohort: Cohort, task: TaskData, *, is_packed: bool) -> tuple[int, int]:
+def _typical_passes(
+    cfg: RunConfig, cohort: Cohort, data: Mapping[str, TaskData], *, is_packed: bool
+) -> tuple[int, int]:
     """Passes a step (median of the first steps) and tokens of the largest pass, padding included: for the plan."""
     trial = State(cohort, {}, {}, {name: AdapterProgress(Cursor(cfg.adapter_seed(name))) for name in cohort})
     counts, tokens = [], 0
-    for _ in range(min(cfg.train.steps, 20)):
-        items = _take_items(cfg, trial, task)
+    for _ in range(min(cfg.num_steps, 20)):
+        items = _take_items(cfg, trial, data)
         ranks = plan_passes(
             items, world=comm.world_size(), microbatch_tokens=cfg.train.microbatch_tokens, is_packed=is_packed
         )
@@ -264,17 +286,20 @@ def _typical_passes(cfg: RunConfig, cohort: Cohort, task: TaskData, *, is_packed
 
 
 def _book(job: Job, result: StepResult) -> None:
-    """Write the step down, count what was not finite, and end the run when it is too much."""
+    """Write the step down, and count the steps of each adapter and those that were not finite."""
     job.results.append(result)
     state = job.state
-    for name, progress in state.progress.items():
-        progress.last_loss = result.losses[name]
+    for name, loss in result.losses.items():
+        progress = state.progress[name]
+        progress.steps += 1
+        progress.last_loss = loss
         progress.nonfinite_steps = progress.nonfinite_steps + 1 if name in result.skipped else 0
     state.num_skipped += bool(result.skipped)
     row = records.StepRecord(
         step=state.step,
         adapters=result.losses,
-        learning_rate=result.learning_rate,
+        learning_rate=max(result.rates.values(), default=0.0),
+        learning_rates=result.rates if len(set(result.rates.values())) > 1 else {},
         tokens=result.num_tokens,
         seconds=result.seconds,
         tokens_per_s=result.num_tokens / result.seconds,
@@ -282,59 +307,67 @@ def _book(job: Job, result: StepResult) -> None:
         gathered_bytes=result.traffic.gathered,
         control_bytes=result.traffic.control,
         skipped=bool(result.skipped),
+        skipped_adapters=result.skipped,
     )
     _record(job, row)
-    limit = job.cfg.train.max_nonfinite_steps
-    stuck = [name for name, progress in state.progress.items() if progress.nonfinite_steps >= limit]
-    if stuck:
-        raise TrainingError(
-            f"adapter {', '.join(stuck)}: the loss or gradient was not finite in {limit} steps in a row, the last one "
-            f"step {state.step}. Lower train.learning_rate={job.cfg.train.learning_rate:g} or set train.clip_norm; "
-            f"the last checkpoint is kept."
-        )
 
 
-def _is_over(job: Job) -> bool:
-    patience = job.cfg.train.early_stop
-    return patience is not None and all(p.stale_evaluations >= patience for p in job.state.progress.values())
+def _let_go(job: Job, training: Sequence[str]) -> bool:
+    """Evaluate the adapters that are due, and let those that are done leave. Returns whether any left."""
+    cfg, state = job.cfg, job.state
+    departures.mark_done_(cfg, state, training)
+    _evaluate(job, departures.due(cfg, state, training))
+    departures.mark_stale_(cfg, state, training)
+    for text in departures.notes(cfg, state, training):
+        _note(job, text)
+    return len(state.training) < len(training)
 
 
 def _evaluate_before(job: Job) -> None:
     """The base without any prompt, on the split that the summary reports."""
-    split = job.reported_split
-    result = evaluate.run(
-        job.base,
-        {},
-        job.task,
-        job.task.split(split),
-        metrics=job.cfg.task.metrics,
-        microbatch_tokens=job.cfg.train.microbatch_tokens,
-        with_base_alone=True,
-    )[evaluate.BASE_ALONE]
-    for name, progress in job.state.progress.items():
-        progress.before = result.metrics
-        _record_evaluation(job, name, f"{split} without prompt", result)
+    for names, task in job.by_task(job.state.cohort):
+        split = _reported_split(task)
+        result = evaluate.run(
+            job.base,
+            {},
+            task,
+            task.split(split),
+            metrics=job.cfg.adapter_task(names[0]).metrics,
+            microbatch_tokens=job.cfg.train.microbatch_tokens,
+            with_base_alone=True,
+        )[evaluate.BASE_ALONE]
+        for name in names:
+            job.state.progress[name].before = result.metrics
+            _record_evaluation(job, name, f"{split} without prompt", result)
 
 
-def _evaluate(job: Job) -> None:
-    """All adapters on the validation split; keep those rows that are better than ever."""
-    results = evaluate.run(
-        job.base,
-        job.state.cohort,
-        job.task,
-        job.task.split("validation"),
-        metrics=job.cfg.task.metrics,
-        microbatch_tokens=job.cfg.train.microbatch_tokens,
-    )
-    first = job.cfg.task.metrics[0]
-    for name, result in results.items():
-        progress = job.state.progress[name]
-        if not progress.best or result.metrics[first] > progress.best[first]:
-            progress.best, progress.best_step, progress.stale_evaluations = result.metrics, job.state.step, 0
-            job.state.best_rows[name] = job.state.cohort[name].rows_PH.detach().clone()
-        else:
-            progress.stale_evaluations += 1
-        _record_evaluation(job, name, "validation", result)
+def _reported_split(task: TaskData) -> Split:
+    """What the summary's before and after are measured on."""
+    return "test" if task.test else "validation"
+
+
+def _evaluate(job: Job, due: Sequence[str]) -> None:
+    """Adapters on the validation splits of their tasks; keep those rows that are better than ever."""
+    for names, task in job.by_task(due):
+        metrics = job.cfg.adapter_task(names[0]).metrics
+        results = evaluate.run(
+            job.base,
+            {name: job.state.cohort[name] for name in names},
+            task,
+            task.split("validation"),
+            metrics=metrics,
+            microbatch_tokens=job.cfg.train.microbatch_tokens,
+        )
+        for name, result in results.items():
+            progress = job.state.progress[name]
+            values = _values(job.state.cohort[name])
+            is_better = not progress.best or result.metrics[metrics[0]] > progress.best[metrics[0]]
+            if is_better and (not progress.best or bool(values.isfinite().all())):  # NaN may guess well
+                progress.best, progress.best_step, progress.stale_evaluations = result.metrics, job.state.step, 0
+                job.state.best_rows[name] = values
+            else:
+                progress.stale_evaluations += 1
+            _record_evaluation(job, name, "validation", result)
 
 
 def _record_evaluation(job: Job, name: str, split: str, result: evaluate.Evaluation) -> None:
@@ -344,7 +377,13 @@ def _record_evaluation(job: Job, name: str, split: str, result: evaluate.Evaluat
     _record(job, row)
 
 
-def _save_adapter(job: Job, name: str, which: str, rows_PH: torch.Tensor, at_step: int) -> int:
+def _values(adapter: adapters.Adapter) -> torch.Tensor:
+    """A copy of what passes see of the adapter."""
+    with torch.no_grad():
+        return adapter.folded().values.detach().clone()
+
+
+def _save_adapter(job: Job, name: str, which: str, values: torch.Tensor, at_step: int) -> int:
     cfg, base = job.cfg, job.base
     config = base.model.config.get_text_config()
     card = AdapterCard(
@@ -357,31 +396,35 @@ def _save_adapter(job: Job, name: str, which: str, rows_PH: torch.Tensor, at_ste
             quantization=cfg.base.quantization,
             compute_dtype=cfg.base.compute_dtype,
         ),
-        task=TaskTemplate.of(cfg.task),
+        task=TaskTemplate.of(cfg.adapter_task(name)),
         run=cfg.name,
         fingerprint=job.identity.fingerprint,
         init=cfg.adapters[name].init,
         step=at_step,
         metrics=dict(job.state.progress[name].best) if which == "best" else {},
     )
-    return files.save(adapters.SoftPrompt(rows_PH), job.run_dir / ADAPTERS / name / which, card=card)
+    return files.save(adapters.from_values(values), job.run_dir / ADAPTERS / name / which, card=card)
 
 
 def _finish(job: Job, seconds: float) -> records.RunSummary:
     """Score the best adapters on the reported split and sum the run up."""
-    state, split = job.state, job.reported_split
-    best = {name: adapters.SoftPrompt(rows) for name, rows in state.best_rows.items()}
-    after = evaluate.run(
-        job.base,
-        best,
-        job.task,
-        job.task.split(split),
-        metrics=job.cfg.task.metrics,
-        microbatch_tokens=job.cfg.train.microbatch_tokens,
-    )
-    summary = _summary(job, {name: result.metrics for name, result in after.items()}, seconds)
-    for name, result in after.items():
-        _record_evaluation(job, name, split, result)
+    state = job.state
+    best = {name: adapters.from_values(values) for name, values in state.best_rows.items()}
+    after: dict[str, dict[str, float]] = {}
+    for names, task in job.by_task(state.cohort):
+        split = _reported_split(task)
+        results = evaluate.run(
+            job.base,
+            {name: best[name] for name in names},
+            task,
+            task.split(split),
+            metrics=job.cfg.adapter_task(names[0]).metrics,
+            microbatch_tokens=job.cfg.train.microbatch_tokens,
+        )
+        for name, result in results.items():
+            after[name] = result.metrics
+            _record_evaluation(job, name, split, result)
+    summary = _summary(job, after, seconds)
     text = json.dumps(summary.model_dump(mode="json"), indent=1)
     _write_on_rank_0(job, lambda: (job.run_dir / SUMMARY).write_text(text))
     return summary
@@ -415,9 +458,11 @@ def _summary(job: Job, after: dict[str, dict[str, float]], seconds: float) -> re
         adapters={
             name: records.AdapterSummary(
                 dir=str(job.run_dir / ADAPTERS / name / "best"),
-                file_bytes=files.expected_bytes(adapter.length, adapter.hidden_size),
+                file_bytes=files.expected_bytes(adapter.length, _values(adapter).numel() // adapter.length),
                 trainable_parameters=sum(p.numel() for p in adapter.parameters()),
                 train_loss=state.progress[name].last_loss or 0.0,
+                steps=state.progress[name].steps,
+                stopped=state.progress[name].reason,
                 before=state.progress[name].before,
                 after=after[name],
             )

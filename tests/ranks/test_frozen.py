@@ -79,8 +79,7 @@ def _unexpected(base: Base, cohort: Cohort, optimizers: Mapping[str, AdapterOpti
     wrong += [f"base: {name} requires grad" for name, b in base.model.named_buffers() if b.requires_grad]
     wrong += [f"base: {name} has a gradient" for name, p in base.model.named_parameters() if p.grad is not None]
     for name, adapter in cohort.items():
-        groups = optimizers[name]._optimizer.param_groups
-        held = sorted((p.data_ptr(), p.numel()) for group in groups for p in group["params"])
+        held = sorted((p.data_ptr(), p.numel()) for p in optimizers[name].parameters)
         own = sorted((p.data_ptr(), p.numel()) for p in adapter.parameters())
         wrong += [f"{name}: {key} is not trained" for key, p in adapter.named_parameters() if not p.requires_grad]
         wrong += [f"{name}: holds more than its rows"] if list(dict(adapter.named_parameters())) != ["rows_PH"] else []

@@ -94,9 +94,9 @@ def test_peft_s_own_result_files_have_the_size_of_our_arithmetic() -> None:
     assert files.expected_bytes(200, 3072) == 2_457_728
 
 
-def test_a_prefix_of_peft_is_refused_by_its_kind(tmp_path: Path) -> None:
-    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
+def test_another_kind_of_peft_is_refused_by_its_name(tmp_path: Path) -> None:
+    config = peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=P, encoder_hidden_size=8)
     peft.get_peft_model(tiny_llama(), config).save_pretrained(str(tmp_path / "a"))
-    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["peft_type"] == "PREFIX_TUNING"
-    with pytest.raises(AdapterError, match="peft_type is 'PREFIX_TUNING'; only 'PROMPT_TUNING'"):
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["peft_type"] == "P_TUNING"
+    with pytest.raises(AdapterError, match="peft_type is 'P_TUNING'; only 'PROMPT_TUNING' .a prompt. and 'PREFIX_TUN"):
         files.load(tmp_path / "a", base_digest=DIGEST, hidden_size=H)

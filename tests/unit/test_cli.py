@@ -40,7 +40,7 @@ SUMMARY = FIGURES | {
     "predicted",
     "adapters",
 }
-ADAPTER = {"dir", "file_bytes", "trainable_parameters", "train_loss", "before", "after"}
+ADAPTER = {"dir", "file_bytes", "trainable_parameters", "train_loss", "steps", "stopped", "before", "after"}
 FREE_TEXT = ("task.labels=null", "task.metrics=[exact_match]", "task.target={{ label }}", "task.max_target_tokens=6")
 
 _opened: list[str] = []

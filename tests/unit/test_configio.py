@@ -138,7 +138,11 @@ def test_all_problems_of_a_file_come_in_one_message(write: Write) -> None:
         ("length: 20", "length: on", "adapters.sst2.length: must be a whole number, got true"),
         ("length: 20, ", "", "adapters.sst2.length: missing; Virtual tokens, P."),
         ("  optimizer: adamw\n", "", "train.optimizer: missing; adafactor is the recipe of Lester et al. 2021"),
-        ("kind: prompt", "kind: promt", "adapters.sst2.kind: must be 'prompt', got 'promt'; did you mean 'prompt'?"),
+        (
+            "kind: prompt",
+            "kind: promt",
+            "adapters.sst2.kind: must be 'prompt' or 'prefix', got 'promt'; did you mean 'prompt'?",
+        ),
         ("init: vocabulary", "init: labels", "adapters.sst2.init_labels: must be given exactly when init is 'labels'"),
         ("nf4", "nf3", "base.quantization: must be 'nf4', 'int8' or 'none', got 'nf3'; did you mean 'nf4'?"),
         ("activations: false", "activations: 0", "base.checkpoint_activations: must be true or false, got 0"),
@@ -266,3 +270,9 @@ def test_a_run_file_is_read_without_importing_torch(write: Write) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(write())], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_schema_that_editors_read_is_the_one_of_the_code() -> None:
+    """`peftscale schema > configs/schema.json` after every change of config.py."""
+    path = Path(__file__).parents[2] / "configs" / "schema.json"
+    assert json.loads(path.read_text()) == configio.schema()

@@ -75,7 +75,7 @@ def _tiny() -> BaseFacts:
     table = TensorFacts("e.weight", (50, 8))
     norm = UnitFacts("n", "norm", (), (TensorFacts("n.weight", (8,)),))
     units = (UnitFacts("e", "embedding", (), (table,)), *blocks, norm, UnitFacts("h", "head", (), (table,)))
-    return BaseFacts("m", "tiny", 8, 2, 2, 4, "silu", 50, 64, True, False, units)
+    return BaseFacts("m", "tiny", 8, 2, 2, 2, 4, "silu", 50, 64, True, False, units)
 
 
 # One linear: 192 weights = 96 packed + 3 absmax + 4 nested + 4 offset = 107 bytes. One block: 2 * 107 + 8 * 2 = 230.
@@ -292,7 +292,7 @@ def test_activations_of_a_llama_agree_with_what_autograd_keeps() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
     base = BaseFacts(
-        "m", "llama", 64, 3, 4, 16, "silu", 50, 2048, False, False, _llama_blocks(layers=3, hidden=64, feed=172)
+        "m", "llama", 64, 3, 4, 4, 16, "silu", 50, 2048, False, False, _llama_blocks(layers=3, hidden=64, feed=172)
     )
     planned = plan.activation_bytes(base, tokens=tokens, dense_bytes=4, is_checkpointed=False)
     planned -= tokens * 3 * 172 * 4  # gradients in flight, which forward has not

@@ -215,3 +215,19 @@ def test_a_terminal_gets_a_bar_and_figures_and_not_one_line_of_a_library(tmp_pat
     drawn = [int(m[1]) for line in lines if (m := re.match(r"tiny  step +(\d+)/30", line))]
     assert drawn == sorted(drawn) and drawn[0] == 0 and drawn[-1] == 30
     assert sum("evaluation at step" in line for line in lines) == 6
+
+
+def test_the_line_of_a_cohort_says_how_many_still_train_and_which_one_was_skipped(
+    tmp_path: Path, cfg: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LINE_EVERY_S", 0.0)
+    two = {"adapters": {"mood": 1.2, "tone": float("nan"), "wish": 0.7}, "skipped": True, "skipped_adapters": ("tone",)}
+    with _followed(tmp_path / "metrics.jsonl", cfg) as shown:
+        records.append(tmp_path / "metrics.jsonl", _step(1, **two))
+        records.append(tmp_path / "metrics.jsonl", NoteRecord(step=1, text="tone is stopped at step 1: so it is"))
+        records.append(tmp_path / "metrics.jsonl", _step(2, adapters={"mood": 1.1, "wish": 0.6}))
+    first, note, second = shown.getvalue().splitlines()
+    assert first.startswith("step 1/20  3 adapters  loss 0.7000..1.2000  rate")
+    assert first.endswith("NOT FINITE, skipped: tone")
+    assert note == "note at step 1: tone is stopped at step 1: so it is"
+    assert second.startswith("step 2/20  2 adapters  loss 0.6000..1.1000  rate")

@@ -81,7 +81,14 @@ def test_the_run_summary_has_the_fields_of_the_contract_and_no_other() -> None:
         "peak_rank_bytes": 4,
     }
     adapter = AdapterSummary(
-        dir="d", file_bytes=5, trainable_parameters=6, train_loss=0.7, before={"accuracy": 0.1}, after={"accuracy": 0.9}
+        dir="d",
+        file_bytes=5,
+        trainable_parameters=6,
+        train_loss=0.7,
+        steps=9,
+        stopped=None,
+        before={"accuracy": 0.1},
+        after={"accuracy": 0.9},
     )
     summary = RunSummary(
         name="n",
@@ -101,7 +108,9 @@ def test_the_run_summary_has_the_fields_of_the_contract_and_no_other() -> None:
         "gathered_bytes_per_step, control_bytes_per_step, peak_rank_bytes, predicted, adapters"
     )
     assert written["predicted"] == figures
-    assert ", ".join(written["adapters"]["a"]) == ("dir, file_bytes, trainable_parameters, train_loss, before, after")
+    assert ", ".join(written["adapters"]["a"]) == (
+        "dir, file_bytes, trainable_parameters, train_loss, steps, stopped, before, after"
+    )
 
 
 def test_a_benchmark_line_shows_each_prediction_behind_its_measurement() -> None:
