@@ -221,9 +221,9 @@ def _refuse_too_few_places(cfg: RunConfig, nodes: Sequence[Mapping[str, float]])
     )
     if places < cfg.cluster.workers:
         raise ClusterError(
-            f"cluster.workers={cfg.cluster.workers}: the {len(nodes)} node(s) of the Ray cluster have room for {places} "
-            f"worker(s) of cluster.cpus_per_worker={wanted['CPU']:g} and cluster.gpus_per_worker={wanted['GPU']:g}; Ray "
-            f"would wait for ever. Lower one of the three."
+            f"cluster.workers={cfg.cluster.workers}: the {len(nodes)} node(s) of the Ray cluster have room for "
+            f"{places} worker(s) of cluster.cpus_per_worker={wanted['CPU']:g} and "
+            f"cluster.gpus_per_worker={wanted['GPU']:g}; Ray would wait for ever. Lower one of the three."
         )
 
 

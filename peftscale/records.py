@@ -47,6 +47,8 @@ class StepRecord(Row):
     reduced_bytes: int
     gathered_bytes: int
     control_bytes: int
+    checks_bytes: int = 0
+    """DeepSpeed's comparison of module traces between ranks, after the kind of pass changed."""
     skipped: bool
     """The loss or a gradient of an adapter was not finite, and that adapter was not changed."""
     skipped_adapters: tuple[str, ...] = ()

@@ -22,15 +22,16 @@ from peftscale.base.padded import Row, logits_at
 TOLERANCE = 1e-5
 """Relative error of logits and prompt gradient of the small copy. Float32 in another order of sums gives 1e-6."""
 ROUNDINGS = 4
-"""Relative error of the real weights' logits that rounding explains, in units of the compute dtype's epsilon. bfloat16 on the
-quickstart base: 0.6 of one, where the padded pass itself is 0.5 off float32. A wrong mask is off by tens of percent."""
+"""Relative error of the real weights' logits that rounding explains, in units of the compute dtype's epsilon. bfloat16
+on the quickstart base: 0.6 of one, where the padded pass itself is 0.5 off float32. A wrong mask is off by tens of
+percent."""
 WINDOW = 8
 _PROMPT, _TEXTS = 6, (25, 13, 22, 9)  # longer than three windows
 
 
 def differs(base: Base) -> str | None:
     """None if packed passes are exact for this base, or why not. Collective when the base is sharded."""
-    return small_copy_differs(base.model.config) or _weights_differ(base)
+    return small_copy_differs(base.model.config) or weights_differ(base)
 
 
 def make_packed(base: Base) -> None:
@@ -194,7 +195,7 @@ def _layers_with_every_kind(kinds: Sequence[str]) -> int:
     return max(2, 1 + max(kinds.index(kind) for kind in set(kinds)))
 
 
-def _weights_differ(base: Base) -> str | None:
+def weights_differ(base: Base) -> str | None:
     """One short batch through the real weights: packing may differ by what batching alone does, times three."""
     draw = torch.Generator().manual_seed(0)
     prompt_PH = torch.rand(_PROMPT, base.hidden_size, generator=draw).sub(0.5).mul(0.1).to(base.device)

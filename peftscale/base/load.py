@@ -7,8 +7,10 @@ Shapes:  N ids   H hidden size
 """
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -106,8 +108,48 @@ def resolve(model: str, revision: str, *, with_weights: bool) -> Path:
         ) from error
 
 
+@dataclass
+class Opened:
+    """All of a base that can be had without another rank: its skeleton, its pack and its tokenizer."""
+
+    skeleton: Skeleton
+    packed: PackedBase
+    tokenizer: PreTrainedTokenizerBase
+
+
+def open_(cfg: BaseConfig) -> Opened:
+    """Find the model, pack it if it is not in the cache, and check that the pack is its own.
+
+    Raises:
+        ModelError: the model cannot be read, trained or packed; the message names the key and the tensor.
+    """
+    host_memory.return_freed()
+    model_dir = resolve(cfg.model, cfg.revision, with_weights=cfg.pack_dir is None)
+    skeleton = make_skeleton(cfg, model_dir)
+    tokenizer = load_tokenizer(model_dir)  # before hours of packing
+    directory = cfg.pack_dir or pack.ensure(
+        model_dir, skeleton, quantization=cfg.quantization, compute_dtype=getattr(torch, cfg.compute_dtype)
+    )
+    packed = PackedBase(directory)
+    packed.check(skeleton, cfg.quantization, pack.config_sha256(model_dir))
+    return Opened(skeleton, packed, tokenizer)
+
+
+def sharder(device: torch.device) -> ModuleType:
+    """`base.shard`, imported late: DeepSpeed takes seconds, and settles at import which device it is for."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    from peftscale.base import shard
+
+    return shard
+
+
 def load(
-    cfg: BaseConfig, *, sharding: Literal["replicated", "world"], device: torch.device, prefetch_elements: int = 0
+    cfg: BaseConfig,
+    *,
+    sharding: Literal["replicated", "world"],
+    device: torch.device,
+    prefetch_elements: int = 0,
+    opened: "Opened | None" = None,
 ) -> Base:
     """Load and freeze a base. With sharding 'world' every rank calls it, after `torch.distributed` is up.
 
@@ -116,38 +158,29 @@ def load(
         sharding: what the plan decided.
         device: of this rank.
         prefetch_elements: of the plan; storage elements that may be gathered ahead of use.
+        opened: what `open_` gave, where the caller wants its errors first.
 
     Raises:
         ModelError: the model cannot be read, packed or sharded; the message names the key and the tensor.
     """
-    host_memory.return_freed()
-    model_dir = resolve(cfg.model, cfg.revision, with_weights=cfg.pack_dir is None)
-    compute_dtype: torch.dtype = getattr(torch, cfg.compute_dtype)
-    skeleton = make_skeleton(cfg, model_dir)
-    tokenizer = load_tokenizer(model_dir)  # before hours of packing
-    directory = cfg.pack_dir or pack.ensure(
-        model_dir, skeleton, quantization=cfg.quantization, compute_dtype=compute_dtype
-    )
-    packed = PackedBase(directory)
-    packed.check(skeleton, cfg.quantization, pack.config_sha256(model_dir))
+    opened = opened or open_(cfg)
+    skeleton = opened.skeleton
     is_sharded = sharding == "world"
-    _materialise(skeleton, packed, is_sharded=is_sharded, device=device)
+    _materialise(skeleton, opened.packed, is_sharded=is_sharded, device=device)
     _prepare(skeleton.model, device=device)
     if is_sharded:
-        from peftscale.base import shard
-
-        shard.attach(skeleton.model, skeleton.blocks, prefetch_elements=prefetch_elements)
+        sharder(device).attach(skeleton.model, skeleton.blocks, prefetch_elements=prefetch_elements)
     if cfg.checkpoint_activations:
         skeleton.model.activation_checkpointing_enable({"use_reentrant": False})
     skeleton.model.train()  # transformers checkpoints in train mode only
     return Base(
         model=skeleton.model,
-        tokenizer=tokenizer,
-        digest=packed.digest,
+        tokenizer=opened.tokenizer,
+        digest=opened.packed.digest,
         name=cfg.model,
         revision=cfg.revision,
         device=device,
-        compute_dtype=compute_dtype,
+        compute_dtype=getattr(torch, cfg.compute_dtype),
         is_sharded=is_sharded,
         own_attention=skeleton.model.config._attn_implementation,
     )
@@ -212,9 +245,7 @@ def _materialise(skeleton: Skeleton, packed: PackedBase, *, is_sharded: bool, de
     init = None
     rank = 0
     if is_sharded:
-        from peftscale.base import shard
-
-        init, rank = shard.partitioner(), torch.distributed.get_rank()
+        init, rank = sharder(device).partitioner(), torch.distributed.get_rank()
     made: dict[int, nn.Parameter] = {}  # a tied weight is one parameter under two names
     entries = {entry.name for entry in skeleton.entries}
     for name, meta in list(skeleton.model.named_parameters(remove_duplicate=False)):
@@ -232,9 +263,7 @@ def _filled(
     parameter = nn.Parameter(torch.empty(meta.shape, dtype=meta.dtype, device=device), requires_grad=False)
     piece = parameter.data
     if init is not None:
-        from peftscale.base import shard
-
-        piece = shard.partition(init, parameter)
+        piece = sharder(device).partition(init, parameter)
     host = piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu", pin_memory=True)
     packed.read_into(name, rank * piece.nbytes, pack.raw_bytes(host))
     if host is not piece:

@@ -68,6 +68,8 @@ class State:
     progress: dict[str, AdapterProgress]
     step: int = 0
     """Steps taken."""
+    seconds: float = 0.0
+    """Of training and evaluation up to this step, also before restarts."""
     num_skipped: int = 0
     """Steps, over the whole run, in which an adapter was not updated."""
 
@@ -111,6 +113,7 @@ def save_(state: State, root: Path, identity: Identity, *, keep: int) -> Path:
         _STATE: _json(
             {
                 "step": state.step,
+                "seconds": state.seconds,
                 "num_skipped": state.num_skipped,
                 "progress": {name: asdict(progress) for name, progress in state.progress.items()},
                 "torch_rng": torch.random.get_rng_state().tolist(),
@@ -129,7 +132,7 @@ def save_(state: State, root: Path, identity: Identity, *, keep: int) -> Path:
         raise CheckpointError(
             f"checkpoint {target} cannot be written: {error.strerror or error}. It needs "
             f"{sum(map(len, files.values()))} bytes. The last good one is {last or 'none'}. "
-            f"Make room and go on with --resume."
+            f"Make room and {'go on with --resume' if last else 'start the run again'}."
         ) from error
     for old in _newest_first(root)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
@@ -137,31 +140,32 @@ def save_(state: State, root: Path, identity: Identity, *, keep: int) -> Path:
 
 
 def restore(state: State, root: Path, identity: Identity, *, note: Callable[[str], None] = log.warning) -> Path | None:
-    """Bring `state` to the newest checkpoint under `root` that is whole. Every rank calls it.
+    """Bring `state` to the newest checkpoint under `root` that is whole: `newest`, then `take_over_`."""
+    found = newest(root, note=note)
+    if found is not None:
+        take_over_(state, found, identity)
+    return found
+
+
+def newest(root: Path, *, note: Callable[[str], None] = log.warning) -> Path | None:
+    """The newest checkpoint under `root` that is whole, or None where there is none to go on from.
+
+    In a run rank 0 alone looks, and tells the others: two ranks may see a shared directory at different moments.
 
     Args:
-        state: as the run began; changed in place.
         root: the run's checkpoints.
-        identity: of this run.
         note: told of every checkpoint that is passed over, and why.
 
-    Returns:
-        The checkpoint's directory, or None where there is none to go on from.
-
     Raises:
-        CheckpointError: the newest whole checkpoint belongs to another base or another run file, or there are
-            checkpoints and none of them is whole.
+        CheckpointError: there are checkpoints and none of them is whole.
     """
     candidates = _newest_first(root)
     for path in candidates:
         try:
-            files = _verified(path)
+            _verified(path)
         except CheckpointError as error:
             note(f"{error}; trying the one before it")
             continue
-        content = json.loads(files[_STATE])
-        _refuse_other_run(path, content, identity)
-        _take_over(state, content, load(files[_ADAPTERS]), load(files[_MOMENTS]))
         return path
     if candidates:
         raise CheckpointError(
@@ -170,10 +174,22 @@ def restore(state: State, root: Path, identity: Identity, *, note: Callable[[str
     return None
 
 
+def take_over_(state: State, path: Path, identity: Identity) -> None:
+    """Change `state`, as the run began, into that of a checkpoint. Every rank calls it with the same path.
+
+    Raises:
+        CheckpointError: it is not whole, or belongs to another base or another run file.
+    """
+    files = _verified(path)
+    content = json.loads(files[_STATE])
+    _refuse_other_run(path, content, identity)
+    _take_over(state, content, load(files[_ADAPTERS]), load(files[_MOMENTS]))
+
+
 def _take_over(
     state: State, content: dict[str, Any], tensors: Mapping[str, Tensor], moments: Mapping[str, Tensor]
 ) -> None:
-    state.step, state.num_skipped = content["step"], content["num_skipped"]
+    state.step, state.num_skipped, state.seconds = content["step"], content["num_skipped"], content["seconds"]
     for name, saved in content["progress"].items():
         cursor = Cursor(**saved.pop("cursor"))
         state.progress[name] = AdapterProgress(cursor=cursor, **saved)

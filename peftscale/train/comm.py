@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from peftscale import errors
+
 Kind = Literal["reduced", "gathered", "control", "checks"]
+T = TypeVar("T")
 
 _TAPPED = (
     "all_reduce",
@@ -193,6 +196,34 @@ def gather_objects(value: Any) -> list[Any]:
 def backend_for(device: torch.device) -> str:
     """nccl between GPUs, gloo between CPUs."""
     return "nccl" if device.type == "cuda" else "gloo"
+
+
+def together(work: Callable[[], T]) -> T:
+    """Do local work on every rank; what it raises on one of them, every rank raises.
+
+    A rank that left alone would let the others wait for it until the collectives' time-out, and its error would
+    never be seen. The work itself must not talk to other ranks.
+    """
+    value: T | None = None
+    failure: Exception | None = None
+    try:
+        value = work()
+    except Exception as error:
+        failure = error
+    # Name and text, not the exception: not every one can be pickled.
+    told = gather_objects(None if failure is None else (type(failure).__name__, str(failure)))
+    if failure is not None:
+        raise failure
+    for rank, elsewhere in enumerate(told):
+        if elsewhere is not None:
+            name, text = elsewhere
+            raise getattr(errors, name, errors.TrainingError)(f"rank {rank}: {text}")
+    return cast(T, value)
+
+
+def expected_world_size() -> int:
+    """Ranks of the run, also before there is a process group: torchrun and Ray say so in the environment."""
+    return world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def barrier() -> None:

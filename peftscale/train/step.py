@@ -79,7 +79,20 @@ def run(
     skipped = [name for name in cohort if name not in moving]
     for name in skipped:
         optimizers[name].clear()
+    stood = {name: [p.detach().clone() for p in cohort[name].parameters()] for name in moving}
     rates = optim.update_([optimizers[name] for name in moving], step)
+    overflown = [
+        name
+        for name, is_good in zip(
+            moving, optim.are_finite([[*cohort[name].parameters()] for name in moving]), strict=True
+        )
+        if not is_good
+    ]
+    for name in overflown:  # the gradient was finite and the step too large: the values stay where they stood
+        with torch.no_grad():
+            for parameter, value in zip(cohort[name].parameters(), stood[name], strict=True):
+                parameter.copy_(value)
+    skipped += overflown
     return StepResult(
         losses={name: float(loss) for name, loss in losses.items()},
         skipped=tuple(skipped),

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from peftscale.adapters import Folded, Prefix, files, refuse_prefix_on
-from peftscale.base import load as base_load
 from peftscale.base import prefixed
 from peftscale.base.load import Base
 from peftscale.config import RunConfig
@@ -20,8 +19,7 @@ from peftscale.data import tasks
 from peftscale.data.rows import Split
 from peftscale.data.tasks import TaskData
 from peftscale.errors import AdapterError
-from peftscale.train import comm, evaluate
-from peftscale.train.worker import COLLECTIVE_TIMEOUT_S, choose_packing, make_plan, pick_device
+from peftscale.train import comm, evaluate, setup
 
 
 @dataclass
@@ -94,19 +92,19 @@ def answers(cfg: RunConfig, directories: Sequence[Path], rows: Sequence[Mapping[
 @contextmanager
 def _session(cfg: RunConfig) -> Iterator[torch.device]:
     """A process group for the length of the block, and this rank's device."""
-    device = pick_device(cfg)
-    with comm.session(backend=comm.backend_for(device), timeout_s=COLLECTIVE_TIMEOUT_S):
+    device = setup.pick_device(cfg)
+    with comm.session(backend=comm.backend_for(device), timeout_s=setup.COLLECTIVE_TIMEOUT_S):
         yield device
 
 
 def _open(cfg: RunConfig, directories: Sequence[Path], device: torch.device) -> Opened:
-    planned = make_plan(cfg, device)
-    base = base_load.load(
-        cfg.base, sharding=planned.sharding, device=device, prefetch_elements=planned.prefetch_elements
-    )
-    choose_packing(cfg, base)
+    if not directories:
+        raise AdapterError("no adapter given: name at least one directory with --adapter.")
+    comm.together(lambda: [files.verify(directory) for directory in directories])  # before a base is packed for them
+    base = setup.load_base(cfg, setup.make_plan(cfg, device), device)
+    why_padded = setup.choose_packing(cfg, base)
     adapters: dict[str, Folded] = {}
-    notes = []
+    notes = [f"passes are padded: {why_padded}"] if why_padded else []
     for directory in directories:
         adapter, info = files.load(
             directory,
@@ -119,8 +117,6 @@ def _open(cfg: RunConfig, directories: Sequence[Path], device: torch.device) -> 
         adapters[str(directory)] = adapter.to(device)
         if not info.base_is_verified:
             notes.append(f"{directory}: base not verified (no peftscale.json beside the adapter)")
-    if not adapters:
-        raise AdapterError("no adapter given: name at least one directory with --adapter.")
     return Opened(base, adapters, notes)
 
 

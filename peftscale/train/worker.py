@@ -4,36 +4,31 @@ Runs alike in this process, under torchrun, and in a Ray worker. What it learns 
 `report` is the driver's barrier. Every rank takes the same path through this file.
 """
 
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from peftscale import adapters, configio, facts, plan, records
+from peftscale import adapters, configio, records
 from peftscale.adapters import Cohort, files
 from peftscale.adapters.manifest import AdapterCard, BaseCard, TaskTemplate
-from peftscale.base import exactness
 from peftscale.base import load as base_load
 from peftscale.base.load import Base
 from peftscale.config import RunConfig
-from peftscale.data import tasks
 from peftscale.data.batches import Cursor, Item, pass_tokens, plan_passes, training_items
 from peftscale.data.rows import Split
 from peftscale.data.tasks import TaskData
-from peftscale.errors import CheckpointError, ConfigError, DataError
+from peftscale.errors import CheckpointError
 from peftscale.plan import Plan
-from peftscale.train import checkpoint, comm, departures, evaluate, memory, step
+from peftscale.train import checkpoint, comm, departures, evaluate, memory, setup, step, summary
 from peftscale.train.checkpoint import AdapterProgress, Identity, State
 from peftscale.train.optim import AdapterOptimizer
 from peftscale.train.step import StepResult
 
 CHECKPOINTS, METRICS, ADAPTERS, SUMMARY = "checkpoints", "metrics.jsonl", "adapters", "summary.json"
-COLLECTIVE_TIMEOUT_S = 1800.0
 
 Report = Callable[[int], None]
 """Called by every rank after each checkpoint with the step."""
@@ -52,7 +47,6 @@ class Job:
     identity: Identity
     memory: memory.PeakMemory
     report: Report
-    results: list[StepResult] = field(default_factory=list)
     unwritten: OSError | None = None
     """Why a row of the metrics could not be written."""
 
@@ -70,10 +64,10 @@ class Job:
 
 def main(cfg: RunConfig, report: Report = lambda step: None) -> records.RunSummary:
     """Train the cohort of a run file from its start or its last checkpoint. The same summary on every rank."""
-    device = pick_device(cfg)
-    with comm.session(backend=comm.backend_for(device), timeout_s=COLLECTIVE_TIMEOUT_S):
+    device = setup.pick_device(cfg)
+    with comm.session(backend=comm.backend_for(device), timeout_s=setup.COLLECTIVE_TIMEOUT_S):
         if comm.world_size() > 1:
-            from peftscale.base import shard  # noqa: F401 - DeepSpeed's own hundred megabytes are not the base's
+            base_load.sharder(device)  # DeepSpeed's own hundred megabytes are not the base's
         with memory.measured(device) as peak:
             return train(open_job(cfg, device, peak, report))
 
@@ -85,13 +79,12 @@ def open_job(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, repo
         ConfigError: the run does not fit this world.
         PeftscaleError: the base, the data, an adapter's start or a checkpoint cannot be used.
     """
-    planned = make_plan(cfg, device)
-    data = _load_tasks(cfg)  # before the base: a wrong label is known in seconds, packing may take an hour
+    planned = setup.make_plan(cfg, device)
+    # Before the base: a wrong label is known in seconds, packing may take an hour.
+    data = comm.together(lambda: setup.load_tasks(cfg))
     peak.restart()  # data and its libraries are not the base's
-    base = base_load.load(
-        cfg.base, sharding=planned.sharding, device=device, prefetch_elements=planned.prefetch_elements
-    )
-    why_padded = choose_packing(cfg, base)
+    base = setup.load_base(cfg, planned, device)
+    why_padded = setup.choose_packing(cfg, base)
     cohort = adapters.build(cfg, base)
     state = State(
         cohort=cohort,
@@ -103,7 +96,7 @@ def open_job(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, repo
         base.digest, configio.fingerprint(cfg), comm.world_size(), torch.get_num_threads(), configio.dump(cfg)
     )
     passes, tokens = _typical_passes(cfg, cohort, data, is_packed=base.is_packed)
-    planned = make_plan(cfg, device, passes_per_step=passes, tokens_per_pass=tokens)
+    planned = setup.make_plan(cfg, device, passes_per_step=passes, tokens_per_pass=tokens)
     job = Job(cfg, base, data, state, planned, identity, peak, report)
     _begin(job)
     if why_padded:
@@ -111,45 +104,17 @@ def open_job(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, repo
     return job
 
 
-def choose_packing(cfg: RunConfig, base: Base) -> str | None:
-    """Make the base packed where the run file allows it and every rank found it exact; else say why not."""
-    if cfg.train.packing == "off":
-        return None
-    reasons = [reason for reason in comm.gather_objects(exactness.differs(base)) if reason]
-    if reasons:
-        return str(reasons[0])
-    exactness.make_packed(base)
-    return None
-
-
-def _load_tasks(cfg: RunConfig) -> dict[str, TaskData]:
-    """The data of each adapter, each task read once."""
-    model_dir = base_load.resolve(cfg.base.model, cfg.base.revision, with_weights=False)
-    base_load.make_skeleton(cfg.base, model_dir)  # a base that cannot be trained is said first
-    positions = facts.load(model_dir).max_positions
-    tokenizer = base_load.load_tokenizer(model_dir)
-    alike: dict[str, list[str]] = {}
-    for name in cfg.adapters:
-        alike.setdefault(cfg.adapter_task(name).model_dump_json(), []).append(name)
-    found: dict[str, TaskData] = {}
-    for names in alike.values():
-        room = None if positions is None else positions - max(cfg.adapters[name].length for name in names)
-        try:
-            data = tasks.load(cfg.adapter_task(names[0]), tokenizer, max_tokens=room)
-        except (ConfigError, DataError) as error:
-            if cfg.adapters[names[0]].task is None:
-                raise
-            raise type(error)(f"adapters.{names[0]}: {error}") from error
-        found |= dict.fromkeys(names, data)
-    return found
-
-
 def _begin(job: Job) -> None:
     """Take over the newest checkpoint, and say what should be known before the first step."""
     if comm.rank() == 0:
         records.mend(job.run_dir / METRICS)
-    found = checkpoint.restore(job.state, job.run_dir / CHECKPOINTS, job.identity, note=lambda text: _note(job, text))
+    root = job.run_dir / CHECKPOINTS
+    seen = comm.together(
+        lambda: checkpoint.newest(root, note=lambda text: _note(job, text)) if comm.rank() == 0 else None
+    )
+    found = comm.gather_objects(seen)[0]
     if found is not None:
+        comm.together(lambda: checkpoint.take_over_(job.state, found, job.identity))
         _note(job, f"goes on from {found.name}")
         return
     for _, task in job.by_task(job.tasks):
@@ -175,10 +140,12 @@ def _record(job: Job, row: records.Record) -> None:
 
 def train(job: Job) -> records.RunSummary:
     """The loop."""
-    cfg, state, start = job.cfg, job.state, time.perf_counter()
+    cfg, state = job.cfg, job.state
+    start = time.perf_counter() - state.seconds
     ended = job.run_dir / SUMMARY
-    if ended.exists():  # a run that had ended is resumed: its figures stand
-        return records.RunSummary.model_validate_json(ended.read_text())
+    stands = comm.gather_objects(ended.read_text() if comm.rank() == 0 and ended.exists() else None)[0]
+    if stands:  # a run that had ended is resumed: its figures stand
+        return records.RunSummary.model_validate_json(stands)
     if state.step == 0:
         _evaluate_before(job)
         _evaluate(job, state.training)
@@ -195,6 +162,7 @@ def train(job: Job) -> records.RunSummary:
         _book(job, result)
         have_left = _let_go(job, training)
         if have_left or state.step % cfg.train.checkpoint_every == 0:
+            state.seconds = time.perf_counter() - start
             save(job)
     return _finish(job, time.perf_counter() - start)
 
@@ -216,32 +184,22 @@ def save(job: Job) -> None:
 
 
 def _write_on_rank_0(job: Job, write: Callable[[], object]) -> None:
-    """Call `write` on rank 0. What it raises every rank raises: one that leaves alone lets the others wait."""
-    failure: Exception | None = None
-    if comm.rank() == 0:
+    """Call `write` on rank 0. What it raises every rank raises."""
+
+    def local() -> None:
+        if comm.rank() != 0:
+            return
         try:
             write()
             if job.unwritten is not None:
                 raise job.unwritten
         except OSError as error:
-            failure = CheckpointError(
-                f"{job.run_dir} cannot be written: {error.strerror or error}. The last checkpoint is kept; make room "
-                f"and go on with --resume {job.cfg.name}."
-            )
-        except Exception as error:
-            failure = error
-    failure = comm.gather_objects(failure)[0]
-    if failure is not None:
-        raise failure
+            raise CheckpointError(
+                f"{job.run_dir} cannot be written: {error.strerror or error}. What was saved before is kept; make room "
+                f"and start the run again (with --resume {job.cfg.name} where it has a checkpoint)."
+            ) from error
 
-
-def pick_device(cfg: RunConfig) -> torch.device:
-    """This rank's GPU where the run asks for GPUs and there are any, else the CPU."""
-    if cfg.cluster.gpus_per_worker == 0 or not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
+    comm.together(local)
 
 
 def _take_items(cfg: RunConfig, state: State, data: Mapping[str, TaskData]) -> list[Item]:
@@ -253,20 +211,6 @@ def _take_items(cfg: RunConfig, state: State, data: Mapping[str, TaskData]) -> l
         at, progress.cursor = progress.cursor.take(num, num_examples=len(train_split))
         items += training_items(name, state.cohort[name].length, [train_split[i] for i in at])
     return items
-
-
-def make_plan(cfg: RunConfig, device: torch.device, **known: int) -> Plan:
-    """The plan for the world that this process finds itself in.
-
-    Raises:
-        ConfigError: it does not fit, with what would help.
-    """
-    base_facts = facts.load(base_load.resolve(cfg.base.model, cfg.base.revision, with_weights=False))
-    hardware = plan.detect(cuda=device.type == "cuda")
-    planned = plan.make(cfg, base_facts, hardware, world=comm.world_size(), **known)
-    if not planned.fits:
-        raise ConfigError("\n".join(planned.problems))
-    return planned
 
 
 def _typical_passes(
@@ -287,7 +231,6 @@ def _typical_passes(
 
 def _book(job: Job, result: StepResult) -> None:
     """Write the step down, and count the steps of each adapter and those that were not finite."""
-    job.results.append(result)
     state = job.state
     for name, loss in result.losses.items():
         progress = state.progress[name]
@@ -306,6 +249,7 @@ def _book(job: Job, result: StepResult) -> None:
         reduced_bytes=result.traffic.reduced,
         gathered_bytes=result.traffic.gathered,
         control_bytes=result.traffic.control,
+        checks_bytes=result.traffic.checks,
         skipped=bool(result.skipped),
         skipped_adapters=result.skipped,
     )
@@ -424,48 +368,30 @@ def _finish(job: Job, seconds: float) -> records.RunSummary:
         for name, result in results.items():
             after[name] = result.metrics
             _record_evaluation(job, name, split, result)
-    summary = _summary(job, after, seconds)
-    text = json.dumps(summary.model_dump(mode="json"), indent=1)
-    _write_on_rank_0(job, lambda: (job.run_dir / SUMMARY).write_text(text))
-    return summary
-
-
-def _summary(job: Job, after: dict[str, dict[str, float]], seconds: float) -> records.RunSummary:
-    state, results = job.state, job.results
-
-    def median(values: list[int]) -> int:
-        return round(statistics.median(values)) if values else 0
-
-    trained_s = sum(result.seconds for result in results)
-    return records.RunSummary(
+    # Every rank takes rank 0's: the file is its own, and it holds the steps before a restart too.
+    rows = comm.gather_objects(summary.steps_of(job.run_dir / METRICS) if comm.rank() == 0 else None)[0]
+    ended = summary.make(
+        rows,
+        job.plan,
         name=job.cfg.name,
-        world_size=comm.world_size(),
-        sharding=job.plan.sharding,
-        packing="packed" if job.base.is_packed else "off",
-        steps=state.step,
+        is_packed=job.base.is_packed,
         seconds=seconds,
-        tokens_per_s=sum(result.num_tokens for result in results) / trained_s if trained_s else 0.0,
-        reduced_bytes_per_step=median([result.traffic.reduced for result in results]),
-        gathered_bytes_per_step=median([result.traffic.gathered for result in results]),
-        control_bytes_per_step=median([result.traffic.control for result in results]),
         peak_rank_bytes=max(comm.gather_objects(job.memory.peak_bytes())),
-        predicted=records.Predicted(
-            reduced_bytes_per_step=job.plan.reduced_bytes_per_step,
-            gathered_bytes_per_step=job.plan.gathered_bytes_per_step,
-            control_bytes_per_step=job.plan.control_bytes_per_step,
-            peak_rank_bytes=job.plan.peak_rank_bytes,
-        ),
-        adapters={
-            name: records.AdapterSummary(
-                dir=str(job.run_dir / ADAPTERS / name / "best"),
-                file_bytes=files.expected_bytes(adapter.length, _values(adapter).numel() // adapter.length),
-                trainable_parameters=sum(p.numel() for p in adapter.parameters()),
-                train_loss=state.progress[name].last_loss or 0.0,
-                steps=state.progress[name].steps,
-                stopped=state.progress[name].reason,
-                before=state.progress[name].before,
-                after=after[name],
-            )
-            for name, adapter in state.cohort.items()
-        },
+        adapters={name: _adapter_summary(job, name, after[name]) for name in state.cohort},
+    )
+    _write_on_rank_0(job, lambda: (job.run_dir / SUMMARY).write_text(ended.model_dump_json(indent=1)))
+    return ended
+
+
+def _adapter_summary(job: Job, name: str, after: dict[str, float]) -> records.AdapterSummary:
+    adapter, progress = job.state.cohort[name], job.state.progress[name]
+    return records.AdapterSummary(
+        dir=str(job.run_dir / ADAPTERS / name / "best"),
+        file_bytes=files.expected_bytes(adapter.length, _values(adapter).numel() // adapter.length),
+        trainable_parameters=sum(p.numel() for p in adapter.parameters()),
+        train_loss=progress.last_loss or 0.0,
+        steps=progress.steps,
+        stopped=progress.reason,
+        before=progress.before,
+        after=after,
     )

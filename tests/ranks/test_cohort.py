@@ -21,7 +21,7 @@ from peftscale.data import tasks
 from peftscale.data.batches import training_items
 from peftscale.errors import TrainingError
 from peftscale.records import NoteRecord, RunSummary, StepRecord
-from peftscale.train import memory, step, worker
+from peftscale.train import memory, setup, step, worker
 
 pytestmark = pytest.mark.ranks
 
@@ -67,7 +67,7 @@ def _error(got: Tensor, want: Tensor) -> float:
 def _gradients(cfg: RunConfig) -> dict[str, float]:
     """Largest relative error of an adapter's gradient in the cohort against its gradient alone."""
     base = load.load(cfg.base, sharding="world", device=CPU)
-    worker.choose_packing(cfg, base)
+    setup.choose_packing(cfg, base)
     assert base.is_packed == (cfg.train.packing == "auto")
     cohort = adapters.build(cfg, base)
     data = {name: tasks.load(cfg.adapter_task(name), base.tokenizer, max_tokens=100).train for name in cohort}

@@ -24,7 +24,7 @@ from peftscale.config import RunConfig
 from peftscale.data import tasks
 from peftscale.data.batches import Item, training_items
 from peftscale.data.tasks import TaskData
-from peftscale.train import evaluate, step, worker
+from peftscale.train import evaluate, setup, step
 from peftscale.train.optim import AdapterOptimizer
 
 pytestmark = pytest.mark.ranks
@@ -42,7 +42,7 @@ class Setup:
 
     def __init__(self, cfg: RunConfig, sharding: Any) -> None:
         self.base: Base = load.load(cfg.base, sharding=sharding, device=torch.device("cpu"))
-        worker.choose_packing(cfg, self.base)
+        setup.choose_packing(cfg, self.base)
         assert self.base.is_packed == (cfg.train.packing == "auto")
         self.cohort: Cohort = adapters.build(cfg, self.base)
         self.task: TaskData = tasks.load(cfg.task, self.base.tokenizer, max_tokens=100)

@@ -17,7 +17,7 @@ from peftscale.base import load, shard
 from peftscale.config import RunConfig
 from peftscale.data import tasks
 from peftscale.data.batches import training_items
-from peftscale.train import comm, evaluate, step, worker
+from peftscale.train import comm, evaluate, setup, step
 from peftscale.train.comm import Call
 from peftscale.train.optim import AdapterOptimizer
 
@@ -99,7 +99,7 @@ def _watch_with_deepspeeds_defaults(cfg: RunConfig, most: int) -> dict[str, Any]
 def _watch_a_run(cfg: RunConfig, most: int, *, num_steps: int) -> dict[str, Any]:
     """Steps of one pass, an evaluation, one more step of several; what was alive after each half of each pass."""
     base = load.load(cfg.base, sharding="world", device=torch.device("cpu"))
-    worker.choose_packing(cfg, base)
+    setup.choose_packing(cfg, base)
     cohort = adapters.build(cfg, base)
     task = tasks.load(cfg.task, base.tokenizer, max_tokens=100)
     optimizers = {name: AdapterOptimizer(adapter.parameters(), cfg.train) for name, adapter in cohort.items()}

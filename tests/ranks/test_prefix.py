@@ -20,7 +20,7 @@ from peftscale.base.load import Base
 from peftscale.config import RunConfig
 from peftscale.data import tasks
 from peftscale.data.batches import training_items
-from peftscale.train import comm, evaluate, step, use, worker
+from peftscale.train import comm, evaluate, setup, step, use, worker
 from peftscale.train.optim import AdapterOptimizer
 
 pytestmark = pytest.mark.ranks
@@ -34,7 +34,7 @@ MIXED = {"words": PROMPT, "keys": PLAIN, "network": NETWORK, "text": FROM_TEXT}
 
 def _open(cfg: RunConfig, sharding: Any) -> Base:
     base = load.load(cfg.base, sharding=sharding, device=torch.device("cpu"))
-    assert worker.choose_packing(cfg, base) is None
+    assert setup.choose_packing(cfg, base) is None
     return base
 
 

@@ -24,7 +24,7 @@ from peftscale.config import RunConfig
 from peftscale.data import tasks
 from peftscale.data.batches import plan_passes, training_items
 from peftscale.data.tasks import TaskData
-from peftscale.train import evaluate, step, worker
+from peftscale.train import evaluate, setup, step
 
 pytestmark = pytest.mark.ranks
 
@@ -66,7 +66,7 @@ def _all(choosing: Sequence[RunConfig], writing: RunConfig, sharding: str, end_i
 def _choose(cfg: RunConfig, sharding: str) -> dict[str, Any]:
     """Loss and gradient of the seven examples, labels of the five, and the gradient once more."""
     base = _load(cfg, sharding)
-    worker.choose_packing(cfg, base)
+    setup.choose_packing(cfg, base)
     cohort = adapters.build(cfg, base)
     task = tasks.load(cfg.task, base.tokenizer, max_tokens=MAX_TOKENS)
     items = [i for name, adapter in cohort.items() for i in training_items(name, adapter.length, task.train)]

@@ -477,8 +477,8 @@ def test_metrics_that_cannot_be_written_end_the_run_at_its_next_checkpoint(place
         done = commands.run("train", file, "--resume", "tiny")
     assert done.code == 2
     assert done.err == (
-        f"{file}: {run_dir} cannot be written: File too large. The last checkpoint is kept; make room and go on with "
-        f"--resume tiny.\n"
+        f"{file}: {run_dir} cannot be written: File too large. What was saved before is kept; make room and start the "
+        f"run again (with --resume tiny where it has a checkpoint).\n"
     )
     assert (run_dir / "checkpoints" / "step-4").is_dir()
     done = commands.run("train", file, "--resume", "tiny")

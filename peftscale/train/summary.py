@@ -1,0 +1,57 @@
+"""The summary of a run: figures of all its steps, also those before a restart, beside what was predicted.
+
+Adapters and scores are handed in; the steps are read from the run's own metrics file.
+"""
+
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+from peftscale import records
+from peftscale.plan import Plan
+from peftscale.records import AdapterSummary, RunSummary, StepRecord
+
+
+def steps_of(metrics: Path) -> list[StepRecord]:
+    """The steps of a run in their order; of a step that was repeated after a restart, the last record."""
+    rows = {row.step: row for row in records.read(metrics) if isinstance(row, StepRecord)} if metrics.exists() else {}
+    return [rows[step] for step in sorted(rows)]
+
+
+def make(
+    steps: Iterable[StepRecord],
+    planned: Plan,
+    *,
+    name: str,
+    is_packed: bool,
+    seconds: float,
+    peak_rank_bytes: int,
+    adapters: dict[str, AdapterSummary],
+) -> RunSummary:
+    """Put the summary together. Byte figures are medians over the steps."""
+    rows = list(steps)
+
+    def median(key: str) -> int:
+        return round(statistics.median(getattr(row, key) for row in rows)) if rows else 0
+
+    trained_s = sum(row.seconds for row in rows)
+    return RunSummary(
+        name=name,
+        world_size=planned.world_size,
+        sharding=planned.sharding,
+        packing="packed" if is_packed else "padded",
+        steps=rows[-1].step if rows else 0,
+        seconds=seconds,
+        tokens_per_s=sum(row.tokens for row in rows) / trained_s if trained_s else 0.0,
+        reduced_bytes_per_step=median("reduced_bytes"),
+        gathered_bytes_per_step=median("gathered_bytes"),
+        control_bytes_per_step=median("control_bytes"),
+        peak_rank_bytes=peak_rank_bytes,
+        predicted=records.Predicted(
+            reduced_bytes_per_step=planned.reduced_bytes_per_step,
+            gathered_bytes_per_step=planned.gathered_bytes_per_step,
+            control_bytes_per_step=planned.control_bytes_per_step,
+            peak_rank_bytes=planned.peak_rank_bytes,
+        ),
+        adapters=adapters,
+    )
