@@ -74,7 +74,7 @@ def test_so_many_steps_in_a_row_end_the_run_with_a_clear_error_on_every_rank(tmp
         "train.learning_rate": 3e38,
         "train.max_nonfinite_steps": 3,
     }
-    cfg = tiny.run_config(tmp_path, **{**changes, "train.evaluate_every": 30, "train.checkpoint_every": 30})
+    cfg = tiny.run_config(tmp_path, **{**changes, "train.evaluate_every": 30, "train.checkpoint_every": 1})
     messages = run_ranks(_train_into_overflow, 2, tmp_path / "ranks", cfg)
     assert messages[0] == messages[1]
     assert "adapter mood: the loss or gradient was not finite in 3 steps in a row" in messages[0]

@@ -81,7 +81,7 @@ def test_a_run_with_a_killed_worker_finishes_by_itself_with_the_same_adapter(tmp
     killed: list[int] = []
     killer = threading.Thread(target=_kill_a_worker_after, args=(stormy, KILL_AT, killed))
     killer.start()
-    driver.run(stormy, show=False)
+    after: RunSummary = driver.run(stormy, show=False)
     killer.join()
     assert killed  # without a kill the comparison would show nothing
 
@@ -89,5 +89,8 @@ def test_a_run_with_a_killed_worker_finishes_by_itself_with_the_same_adapter(tmp
     assert _losses(stormy) == _losses(calm)
     repeated = len(_steps(stormy)) - STEPS
     assert 0 < repeated <= CHECKPOINT_EVERY
+    # The figures are those of all steps, also of those before the kill.
+    assert (after.steps, after.reduced_bytes_per_step) == (STEPS, summary.reduced_bytes_per_step)
+    assert after.gathered_bytes_per_step == summary.gathered_bytes_per_step
     ran_before = json.loads((calm.run_dir / "summary.json").read_text())
     assert ran_before["adapters"]["mood"]["after"] == summary.adapters["mood"].after

@@ -1,11 +1,15 @@
 """Promise 12: a base takes packed passes only where they are exact; everything else is padded, and says why."""
 
+import dataclasses
+
 import families
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
-from peftscale.base import attention, exactness
+from peftscale.base import attention, exactness, load
+from peftscale.config import BaseConfig
 
 PADDED = {"falcon", "bloom"}
 CONFIGS = families.configs()
@@ -79,3 +83,40 @@ def test_a_padding_slot_never_reads_another_adapters_row(bad: int) -> None:
     out.sum().backward()
     assert states.grad is not None
     assert states.grad[0].isnan().any(-1).any(0).nonzero()[:, 0].tolist() == rows
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_a_bfloat16_base_takes_packed_passes(quantization: str) -> None:
+    """Its own rounding is no reason against them: padded and packed logits are as far from float32."""
+    cfg = BaseConfig(
+        model=str(tiny.QUICKSTART / "base"),
+        quantization=quantization,  # type: ignore[arg-type]
+        compute_dtype="bfloat16",
+        sharding="replicated",
+        checkpoint_activations=False,
+    )
+    base = load.load(cfg, sharding="replicated", device=torch.device("cpu"))
+    assert exactness.differs(base) is None
+
+
+def test_a_wrong_mask_on_the_real_weights_is_found_out_in_bfloat16_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: examples that do not see their prompt."""
+    cfg = BaseConfig(
+        model=str(tiny.QUICKSTART / "base"),
+        quantization="nf4",
+        compute_dtype="bfloat16",
+        sharding="replicated",
+        checkpoint_activations=False,
+    )
+    base = load.load(cfg, sharding="replicated", device=torch.device("cpu"))
+
+    def blind(*args: Tensor, layout: attention.Layout, **kwargs: object) -> tuple[Tensor, None]:
+        distance = layout.distance_NES.clone()
+        distance[:, :, : distance.shape[2] - distance.shape[1]] = -1
+        blinded = dataclasses.replace(layout, distance_NES=distance, _masks={})
+        return attention.packed_attention(*args, layout=blinded, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.NAME, blind)
+    reason = exactness.weights_differ(base)
+    assert reason is not None
+    assert "packed logits differ by" in reason
