@@ -340,3 +340,23 @@ class RunConfig(Frozen):
     def run_dir(self) -> Path:
         """Where everything of this run is kept."""
         return self.cluster.storage / self.name
+
+    @property
+    def metrics_path(self) -> Path:
+        """Every step, evaluation and note, a line each."""
+        return self.run_dir / "metrics.jsonl"
+
+    @property
+    def summary_path(self) -> Path:
+        """Written when the run has ended."""
+        return self.run_dir / "summary.json"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """step-N, step-M, ..."""
+        return self.run_dir / "checkpoints"
+
+    @property
+    def adapters_dir(self) -> Path:
+        """NAME/best and NAME/last of every adapter."""
+        return self.run_dir / "adapters"

@@ -21,7 +21,6 @@ from peftscale.config import RunConfig
 from peftscale.errors import AdapterError, CheckpointError, ClusterError, ConfigError, PeftscaleError, TrainingError
 from peftscale.records import RunSummary
 
-METRICS = "metrics.jsonl"
 _OBJECT_STORE_BYTES = 80 * 1024**2  # Ray's least; nothing of ours goes through it
 
 
@@ -42,11 +41,11 @@ def run(cfg: RunConfig, *, resume: bool = False, show: bool = True) -> RunSummar
         _check_resources(cfg)  # before anything is written
     made = _open_run_dir(cfg, resume=resume) if is_main else []
     try:
-        view = progress.followed(cfg.run_dir / METRICS, cfg, show=show) if is_main else contextlib.nullcontext()
+        view = progress.followed(cfg.metrics_path, cfg, show=show) if is_main else contextlib.nullcontext()
         with view:
             return RunSummary.model_validate(_work(cfg, "train", {}))
     except PeftscaleError:
-        if made and not any((cfg.run_dir / "checkpoints").glob("step-*")):
+        if made and not any(cfg.checkpoints_dir.glob("step-*")):
             shutil.rmtree(cfg.run_dir, ignore_errors=True)  # the name stays free for the corrected run
             _remove_empty(made)
         raise
@@ -71,7 +70,7 @@ def adapter_dirs(cfg: RunConfig, given: Sequence[Path] | None) -> list[Path]:
     """
     if given:
         return [path.absolute() for path in given]
-    found = [cfg.run_dir / "adapters" / name / "best" for name in cfg.adapters]
+    found = [cfg.adapters_dir / name / "best" for name in cfg.adapters]
     missing = [path for path in found if not path.is_dir()]
     if missing:
         raise AdapterError(f"{missing[0]}: no such adapter. Train the run first, or name one with --adapter.")
@@ -84,7 +83,7 @@ def with_task_of(cfg: RunConfig, directories: Sequence[Path]) -> RunConfig:
     Raises:
         ConfigError: they have different tasks.
     """
-    own = cfg.run_dir / "adapters"
+    own = cfg.adapters_dir
     names = {path: path.parent.name if path.parent.parent == own else None for path in directories}
     found = {
         path: cfg.adapter_task(name) if name is not None and name in cfg.adapters else cfg.task
@@ -167,7 +166,7 @@ def _open_run_dir(cfg: RunConfig, *, resume: bool) -> list[Path]:
             raise CheckpointError(
                 f"--resume {cfg.name}: no such run in {cfg.cluster.storage}; there is {', '.join(known) or 'none'}."
             )
-        records.mend(cfg.run_dir / METRICS)
+        records.mend(cfg.metrics_path)
         return []
     made = [path for path in (cfg.run_dir, *cfg.run_dir.parents) if not path.exists()]
     try:

@@ -28,8 +28,6 @@ from peftscale.train.checkpoint import AdapterProgress, Identity, State
 from peftscale.train.optim import AdapterOptimizer
 from peftscale.train.step import StepResult
 
-CHECKPOINTS, METRICS, ADAPTERS, SUMMARY = "checkpoints", "metrics.jsonl", "adapters", "summary.json"
-
 Report = Callable[[int], None]
 """Called by every rank after each checkpoint with the step."""
 
@@ -107,8 +105,8 @@ def open_job(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, repo
 def _begin(job: Job) -> None:
     """Take over the newest checkpoint, and say what should be known before the first step."""
     if comm.rank() == 0:
-        records.mend(job.run_dir / METRICS)
-    root = job.run_dir / CHECKPOINTS
+        records.mend(job.cfg.metrics_path)
+    root = job.cfg.checkpoints_dir
     seen = comm.together(
         lambda: checkpoint.newest(root, note=lambda text: _note(job, text)) if comm.rank() == 0 else None
     )
@@ -133,7 +131,7 @@ def _record(job: Job, row: records.Record) -> None:
     """Append a row to the metrics, on rank 0. A disk that is full is told at the next checkpoint, to every rank."""
     if comm.rank() == 0:
         try:
-            records.append(job.run_dir / METRICS, row)
+            records.append(job.cfg.metrics_path, row)
         except OSError as error:
             job.unwritten = job.unwritten or error
 
@@ -142,7 +140,7 @@ def train(job: Job) -> records.RunSummary:
     """The loop."""
     cfg, state = job.cfg, job.state
     start = time.perf_counter() - state.seconds
-    ended = job.run_dir / SUMMARY
+    ended = job.cfg.summary_path
     stands = comm.gather_objects(ended.read_text() if comm.rank() == 0 and ended.exists() else None)[0]
     if stands:  # a run that had ended is resumed: its figures stand
         return records.RunSummary.model_validate_json(stands)
@@ -171,7 +169,7 @@ def save(job: Job) -> None:
     """Write a checkpoint and the best adapters; every rank learns whether rank 0 could."""
 
     def write() -> None:
-        checkpoint.save_(job.state, job.run_dir / CHECKPOINTS, job.identity, keep=job.cfg.train.keep_checkpoints)
+        checkpoint.save_(job.state, job.cfg.checkpoints_dir, job.identity, keep=job.cfg.train.keep_checkpoints)
         for name, adapter in job.state.cohort.items():
             progress = job.state.progress[name]
             kept = {"last": (_values(adapter), progress.steps), "best": (job.state.best_rows[name], progress.best_step)}
@@ -347,7 +345,7 @@ def _save_adapter(job: Job, name: str, which: str, values: torch.Tensor, at_step
         step=at_step,
         metrics=dict(job.state.progress[name].best) if which == "best" else {},
     )
-    return files.save(adapters.from_values(values), job.run_dir / ADAPTERS / name / which, card=card)
+    return files.save(adapters.from_values(values), job.cfg.adapters_dir / name / which, card=card)
 
 
 def _finish(job: Job, seconds: float) -> records.RunSummary:
@@ -369,7 +367,7 @@ def _finish(job: Job, seconds: float) -> records.RunSummary:
             after[name] = result.metrics
             _record_evaluation(job, name, split, result)
     # Every rank takes rank 0's: the file is its own, and it holds the steps before a restart too.
-    rows = comm.gather_objects(summary.steps_of(job.run_dir / METRICS) if comm.rank() == 0 else None)[0]
+    rows = comm.gather_objects(summary.steps_of(job.cfg.metrics_path) if comm.rank() == 0 else None)[0]
     ended = summary.make(
         rows,
         job.plan,
@@ -379,14 +377,14 @@ def _finish(job: Job, seconds: float) -> records.RunSummary:
         peak_rank_bytes=max(comm.gather_objects(job.memory.peak_bytes())),
         adapters={name: _adapter_summary(job, name, after[name]) for name in state.cohort},
     )
-    _write_on_rank_0(job, lambda: (job.run_dir / SUMMARY).write_text(ended.model_dump_json(indent=1)))
+    _write_on_rank_0(job, lambda: job.cfg.summary_path.write_text(ended.model_dump_json(indent=1)))
     return ended
 
 
 def _adapter_summary(job: Job, name: str, after: dict[str, float]) -> records.AdapterSummary:
     adapter, progress = job.state.cohort[name], job.state.progress[name]
     return records.AdapterSummary(
-        dir=str(job.run_dir / ADAPTERS / name / "best"),
+        dir=str(job.cfg.adapters_dir / name / "best"),
         file_bytes=files.expected_bytes(adapter.length, _values(adapter).numel() // adapter.length),
         trainable_parameters=sum(p.numel() for p in adapter.parameters()),
         train_loss=progress.last_loss or 0.0,

@@ -42,7 +42,8 @@ def _kill_a_worker_after(cfg: RunConfig, step: int, killed: list[int]) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if max(_steps(cfg), default=0) >= step:
-            workers = [p for p in psutil.process_iter() if "RayTrainWorker" in _name(p)]
+            ours = psutil.Process().children(recursive=True)  # another Ray may run on this machine
+            workers = [process for process in ours if "RayTrainWorker" in _name(process)]
             workers[-1].kill()  # SIGKILL: nothing of it can run any more
             killed.append(workers[-1].pid)
             return
