@@ -177,6 +177,15 @@ class AdapterSettings(Frozen):
     """What it does otherwise than the run's `train`."""
 
 
+def _require_text_exactly_when_asked_for(init: str, init_text: str | None) -> None:
+    """`init_text` belongs to one kind of start, whatever the adapter is."""
+    if (init == "text") != (init_text is not None):
+        raise ValueError(
+            f"init_text: must be given exactly when init is 'text'; got init={init!r} and "
+            f"{'no init_text' if init_text is None else 'an init_text'}"
+        )
+
+
 class SoftPromptConfig(AdapterSettings):
     """One trainable matrix in front of the input embeddings (Lester et al. 2021, section 2)."""
 
@@ -194,11 +203,7 @@ class SoftPromptConfig(AdapterSettings):
 
     @model_validator(mode="after")
     def text_exactly_when_asked_for(self) -> Self:
-        if (self.init == "text") != (self.init_text is not None):
-            raise ValueError(
-                f"init_text: must be given exactly when init is 'text'; got init={self.init!r} and "
-                f"{'no init_text' if self.init_text is None else 'an init_text'}"
-            )
+        _require_text_exactly_when_asked_for(self.init, self.init_text)
         return self
 
     @model_validator(mode="after")
@@ -229,11 +234,7 @@ class PrefixConfig(AdapterSettings):
 
     @model_validator(mode="after")
     def text_exactly_when_asked_for(self) -> Self:
-        if (self.init == "text") != (self.init_text is not None):
-            raise ValueError(
-                f"init_text: must be given exactly when init is 'text'; got init={self.init!r} and "
-                f"{'no init_text' if self.init_text is None else 'an init_text'}"
-            )
+        _require_text_exactly_when_asked_for(self.init, self.init_text)
         return self
 
     @model_validator(mode="after")

@@ -226,12 +226,6 @@ def expected_world_size() -> int:
     return world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def barrier() -> None:
-    """Wait for every rank."""
-    if world_size() > 1:
-        dist.barrier()
-
-
 @contextmanager
 def session(
     *, backend: str, timeout_s: float, rank: int | None = None, world: int | None = None, store: Path | None = None

@@ -28,11 +28,11 @@ def make(
     peak_rank_bytes: int,
     adapters: dict[str, AdapterSummary],
 ) -> RunSummary:
-    """Put the summary together. Byte figures are medians over the steps."""
+    """Put the summary together. Byte figures are low medians over the steps: those of a step that was."""
     rows = list(steps)
 
     def median(key: str) -> int:
-        return round(statistics.median(getattr(row, key) for row in rows)) if rows else 0
+        return statistics.median_low(getattr(row, key) for row in rows) if rows else 0
 
     trained_s = sum(row.seconds for row in rows)
     return RunSummary(
