@@ -1,0 +1,60 @@
+"""Ensemble: several prompts of one task answer together, over one base and in the passes of one batch.
+
+Answers and likelihoods come from `train.evaluate`; here they are put together.
+
+Source: Lester, Al-Rfou and Constant 2021, arXiv:2104.08691, section 5 (majority vote); the mean of likelihoods is ours.
+
+Shapes:  N adapters   E examples   C labels
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from scipy.special import softmax
+
+from peftscale.train.evaluate import Evaluation, likeliest
+
+Answer = TypeVar("Answer")
+
+
+def votes(answers_NE: Sequence[Sequence[Answer]]) -> tuple[Answer, ...]:
+    """The most frequent answer to each example; of equally frequent ones that of the adapter that comes first."""
+    return tuple(Counter(of_example).most_common(1)[0][0] for of_example in zip(*answers_NE, strict=True))
+
+
+def likeliest_on_average(likelihoods_NEC: Sequence[Sequence[Sequence[float]]]) -> tuple[int, ...]:
+    """The label whose probability is the highest in the mean over adapters, for each example.
+
+    Args:
+        likelihoods_NEC: log-likelihoods of label words, in nats. Those of one adapter are normalised over the labels
+            first, so that one under which all label words are unlikely counts as much as the others.
+    """
+    return tuple(map(likeliest, softmax(likelihoods_NEC, axis=-1).mean(axis=0).tolist()))
+
+
+def scores(
+    results: Sequence[Evaluation], score: Callable[[Sequence[int] | Sequence[str]], Mapping[str, float]]
+) -> dict[str, Any]:
+    """The adapters of one task apart and together.
+
+    Args:
+        results: of each adapter on the same examples.
+        score: the metrics of predictions for those examples.
+
+    Returns:
+        {"size", "average", "best", "vote", "likelihood"}: number of adapters, then metrics: their mean over adapters,
+        their highest (on these very examples, so an upper end), those of the vote, and those of the mean likelihood,
+        which is left out where texts are generated.
+    """
+    metrics = list(results[0].metrics)
+    answers: list[Any] = [one.predictions for one in results]  # labels of all of them or texts of all of them
+    found: dict[str, Any] = {
+        "size": len(results),
+        "average": {metric: sum(one.metrics[metric] for one in results) / len(results) for metric in metrics},
+        "best": {metric: max(one.metrics[metric] for one in results) for metric in metrics},
+        "vote": dict(score(votes(answers))),
+    }
+    if results[0].likelihoods:
+        found["likelihood"] = dict(score(likeliest_on_average([one.likelihoods for one in results])))
+    return found

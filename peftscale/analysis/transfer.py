@@ -1,0 +1,160 @@
+"""Transfer: methods trained on one task and scored on others that they never saw, over several seeds.
+
+Training and scoring are handed in by the driver; here it is decided what is trained, and figures are put together.
+
+Source: Lester, Al-Rfou and Constant 2021, arXiv:2104.08691, section 4 (domain shift: in-domain beside zero-shot).
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+from peftscale.config import RunConfig, TaskConfig
+from peftscale.errors import ConfigError
+from peftscale.records import RunSummary
+
+CONFIDENCE = 0.95
+
+Train = Callable[[RunConfig], RunSummary]
+Score = Callable[[RunConfig, Sequence[Path], Sequence[TaskConfig], str], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One state that a run trains: an adapter of a cohort, or a whole baseline."""
+
+    run: RunConfig
+    name: str
+    """Of the adapter, or the run's method."""
+    method: str
+    """What it is called in the result; the same for all seeds."""
+    task: TaskConfig
+    """That it is trained on."""
+    seed: int
+
+
+def members(runs: Sequence[RunConfig], seeds: Sequence[int]) -> list[Member]:
+    """What is to be trained: all seeds of a run's adapters in one cohort, a baseline once a seed.
+
+    Args:
+        runs: one for each method, of different names.
+        seeds: each adapter and baseline is trained with each of them, under a name of its own. Without any, runs are
+            what they are.
+
+    Raises:
+        ConfigError: two runs of one name, or one that trains nothing.
+    """
+    names = [run.name for run in runs]
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if twice:
+        raise ConfigError(f"name: two run files are called {twice[0]!r}; each method needs a name of its own.")
+    found: list[Member] = []
+    for run in runs:
+        if run.method == "few_shot":
+            raise ConfigError(f"{run.name}: method 'few_shot' trains nothing on one task that could go to another.")
+        if run.method != "adapters":
+            of_seeds = [_with_seed(run, seed) for seed in seeds] or [run]
+            found += [Member(one, run.method, run.name, run.task, one.seed) for one in of_seeds]
+            continue
+        cohort, methods = _cohort(run, seeds)
+        found += [
+            Member(cohort, name, methods[name], cohort.adapter_task(name), cohort.adapter_seed(name))
+            for name in cohort.adapters
+        ]
+    return found
+
+
+def study(
+    found: Sequence[Member], targets: Sequence[TaskConfig], split: str, *, train: Train, score: Score
+) -> dict[str, Any]:
+    """Train what is not trained yet, score its best state on its own task and on every target, and sum up.
+
+    Args:
+        found: of `members`.
+        targets: tasks that nothing is trained on.
+        split: to score on.
+        train: trains a run, or hands back what it gave if it has ended already.
+        score: the driver's `evaluate`.
+
+    Returns:
+        {"split", "confidence", "methods": {name: {"task", "seeds", "tasks": {task: {"metric", "values", "mean",
+        "deviation", "low", "high", "shift"}}}}, "notes"}; `shift` is the same band for the difference to the own task,
+        seed by seed, where both have the same first metric. Bands of one seed have no deviation and no ends.
+    """
+    runs = list({member.run.name: member.run for member in found}.values())
+    scores: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    notes: list[str] = []
+    for run in runs:
+        of_run = [member for member in found if member.run is run]
+        summary = train(run)
+        places = {Path(summary.adapters[member.name].dir): member.name for member in of_run}
+        tasks: list[TaskConfig] = []
+        for task in (*(member.task for member in of_run), *targets):
+            tasks += [] if task in tasks else [task]
+        result = score(run, list(places), tasks, split)
+        notes += result["notes"]
+        for task_name, of_task in result["tasks"].items():
+            for place, name in places.items():
+                scores.setdefault((run.name, name), {})[task_name] = of_task["adapters"][str(place)]["metrics"]
+    methods: dict[str, Any] = {}
+    for method in dict.fromkeys(member.method for member in found):
+        of_method = [member for member in found if member.method == method]
+        own = of_method[0].task
+        methods[method] = {
+            "task": own.name,
+            "seeds": [member.seed for member in of_method],
+            "tasks": {
+                task.name: _on(task, own, [scores[member.run.name, member.name] for member in of_method])
+                for task in (own, *(target for target in targets if target != own))
+            },
+        }
+    return {"split": split, "confidence": CONFIDENCE, "methods": methods, "notes": notes}
+
+
+def band(values: Sequence[float], *, confidence: float = CONFIDENCE) -> dict[str, float | None]:
+    """Mean, deviation (n - 1) and Student's interval of the mean, for values that seeds differ in.
+
+    Returns:
+        {"mean", "deviation", "low", "high"}; of one value the mean alone, the others None.
+    """
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return {"mean": mean, "deviation": None, "low": None, "high": None}
+    deviation = statistics.stdev(values)
+    reach = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * deviation / len(values) ** 0.5
+    return {"mean": mean, "deviation": deviation, "low": mean - reach, "high": mean + reach}
+
+
+def _on(task: TaskConfig, own: TaskConfig, scores: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
+    """One method on one task."""
+    metric = task.metrics[0]
+    values = [of_seed[task.name][metric] for of_seed in scores]
+    found: dict[str, Any] = {"metric": metric, "values": values, **band(values), "shift": None}
+    if task != own and own.metrics[0] == metric:
+        at_home = [of_seed[own.name][metric] for of_seed in scores]
+        found["shift"] = band([away - home for away, home in zip(values, at_home, strict=True)])
+    return found
+
+
+def _with_seed(run: RunConfig, seed: int) -> RunConfig:
+    return run.model_copy(update={"seed": seed, "name": f"{run.name}-s{seed}"})
+
+
+def _cohort(run: RunConfig, seeds: Sequence[int]) -> tuple[RunConfig, dict[str, str]]:
+    """A run with all of its adapters at all seeds, and which method each is: alike but for the seed."""
+    made, settings = {}, {}
+    for name, adapter in run.adapters.items():
+        for seed in seeds or (run.adapter_seed(name),):
+            new = f"{name}-s{seed}" if seeds else name
+            made[new] = adapter.model_copy(update={"seed": seed})
+            settings[new] = (name if seeds else "", adapter.model_dump_json(exclude={"seed"}))
+    first = {alike: name for name, alike in reversed(settings.items())}
+    methods = {name: run.name if len(first) == 1 else f"{run.name}/{first[alike]}" for name, alike in settings.items()}
+    if not seeds:
+        return run, methods
+    name = "-".join([run.name, *(f"s{seed}" for seed in seeds)])
+    return run.model_copy(update={"adapters": made, "name": name}), methods

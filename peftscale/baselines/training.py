@@ -1,0 +1,319 @@
+"""Training of a baseline: steps, evaluations, best state, checkpoints, summary.
+
+One task, one learner: what moves, and how, is `baselines.lora` and `baselines.full`. The order of examples, the passes'
+plan, the records and the evaluation are those of adapters; their own loop is `train.worker`. Every rank takes the same
+path through this file.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from peftscale import configio
+from peftscale.base import load as base_load
+from peftscale.base import pack
+from peftscale.base.load import Base
+from peftscale.base.padded import Row
+from peftscale.baselines import budget, lora, model
+from peftscale.baselines import task as baseline_task
+from peftscale.baselines.full import Full
+from peftscale.config import RunConfig, TrainConfig
+from peftscale.data.batches import Cursor, Item, plan_passes, training_items
+from peftscale.data.rows import Split
+from peftscale.data.tasks import TaskData
+from peftscale.errors import TrainingError
+from peftscale.records import AdapterSummary, EvaluationRecord, RunSummary, StepRecord
+from peftscale.train import checkpoint, comm, evaluate, memory, optim, step, summary, worker
+from peftscale.train.checkpoint import AdapterProgress, Identity
+from peftscale.train.journal import Journal
+
+
+class Learner(Protocol):
+    """What is trained inside a transformers model. Every rank calls every method, but for `save`."""
+
+    base: Base
+    through: nn.Module
+    """What passes call: the model, or what stands for it."""
+    named: dict[str, nn.Parameter]
+    """What is trained."""
+    directory: Path
+    """Of the best state, once it is saved."""
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None: ...
+    def update(self, step: int, *, is_finite: bool) -> float | None: ...
+    def keep(self) -> None: ...
+    def restore(self) -> None: ...
+    def save(self) -> None: ...
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None: ...
+    def take_over_(self, tensors: dict[str, Tensor], moments: dict[str, Tensor]) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass
+class Job:
+    """What the functions of this file share."""
+
+    cfg: RunConfig
+    train: TrainConfig
+    learner: Learner
+    task: TaskData
+    journal: Journal
+    identity: Identity
+    progress: AdapterProgress
+    report: Callable[[int], None]
+    num_skipped: int = 0
+    seconds: float = 0.0
+
+    @property
+    def base(self) -> Base:
+        return self.learner.base
+
+
+def run(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, report: Callable[[int], None]) -> RunSummary:
+    """Train the run file's baseline from its start, or from its last checkpoint. The same summary on every rank.
+
+    Raises:
+        ConfigError: it does not fit, or PEFT is missing.
+        TrainingError: too many steps in a row were not finite.
+    """
+    if cfg.method == "lora":
+        comm.together(lora.library)
+    task = comm.together(lambda: baseline_task.load(cfg))
+    comm.together(lambda: budget.of_training(cfg, device, world=comm.world_size()))
+    peak.restart()  # data and its libraries are not the base's
+    base = comm.together(lambda: model.load(cfg.base, device))
+    journal = Journal(cfg)
+    learner: Learner = (lora.Lora if cfg.method == "lora" else Full)(base, cfg, journal)
+    with closing(learner):
+        identity = Identity(
+            f"config {pack.config_sha256(base_load.resolve(cfg.base.model, cfg.base.revision, with_weights=False))}",
+            configio.fingerprint(cfg),
+            comm.world_size(),
+            torch.get_num_threads(),
+            configio.dump(cfg),
+        )
+        progress = AdapterProgress(Cursor(cfg.seed))
+        job = Job(cfg, cfg.baseline_train, learner, task, journal, identity, progress, report)
+        planned = comm.together(
+            lambda: budget.of_training(
+                cfg,
+                device,
+                world=comm.world_size(),
+                num_trained=sum(p.numel() for p in learner.named.values()),
+                num_tensors=len(learner.named),
+                passes=_typical_passes(job),
+            )
+        )
+        return _train(job, planned, peak)
+
+
+def _typical_passes(job: Job) -> int:
+    """Passes a step, the median of the first steps: for the prediction."""
+    cursor, counts = job.progress.cursor, []
+    for _ in range(min(job.train.steps, 20)):
+        items, cursor = _take(job, cursor)
+        ranks = plan_passes(items, world=comm.world_size(), microbatch_tokens=job.train.microbatch_tokens)
+        counts.append(len(ranks[0]))
+    return statistics.median_low(counts)
+
+
+def _take(job: Job, cursor: Cursor) -> tuple[list[Item], Cursor]:
+    """The items of the next step."""
+    at, cursor = cursor.take(job.train.examples_per_step, num_examples=len(job.task.train))
+    return training_items(job.cfg.method, 0, [job.task.train[i] for i in at]), cursor
+
+
+def _train(job: Job, planned: budget.Budget, peak: memory.PeakMemory) -> RunSummary:
+    cfg, split, start = job.cfg, worker.reported_split(job.task), time.perf_counter()
+    ended = cfg.summary_path
+    stands = comm.gather_objects(ended.read_text() if comm.rank() == 0 and ended.exists() else None)
+    if stands[0]:  # a run that had ended is resumed: its figures stand
+        return RunSummary.model_validate_json(stands[0])
+    if not _take_over(job):
+        _note_start(job)
+        job.progress.before = _evaluated(job, split, f"{split} without training")
+        _evaluate(job)
+    progress = job.progress
+    start -= job.seconds
+    while progress.outcome is None:
+        _step(job)
+        if progress.nonfinite_steps >= job.train.max_nonfinite_steps:
+            raise TrainingError(
+                f"{cfg.method}: the loss or gradient was not finite in {progress.nonfinite_steps} steps in a row, the "
+                f"last one step {progress.steps}. Lower its learning_rate={job.train.learning_rate:g} or set its "
+                f"clip_norm; what was saved is kept in {job.learner.directory.parent}."
+            )
+        if progress.steps == job.train.steps:
+            progress.outcome = "finished"
+        if progress.outcome or progress.steps % job.train.evaluate_every == 0:
+            _evaluate(job)
+        if progress.outcome or progress.steps % job.train.checkpoint_every == 0:
+            job.seconds = time.perf_counter() - start
+            _save(job)
+    job.learner.restore()
+    after = _evaluated(job, split, split)
+    return _finish(job, planned, peak, after, time.perf_counter() - start)
+
+
+def _step(job: Job) -> None:
+    """One step of the global batch, written down."""
+    cfg, train, progress, learner = job.cfg, job.train, job.progress, job.learner
+    items, progress.cursor = _take(job, progress.cursor)
+    start, before = time.perf_counter(), comm.traffic()
+    loss = gradient(learner, items, microbatch_tokens=train.microbatch_tokens)
+    rate = learner.update(progress.steps, is_finite=bool(torch.isfinite(loss)))
+    seconds = time.perf_counter() - start
+    traffic = comm.traffic().since(before) if comm.world_size() > 1 else comm.Traffic()  # DeepSpeed talks to itself
+    progress.steps += 1
+    progress.last_loss = float(loss)
+    progress.nonfinite_steps = progress.nonfinite_steps + 1 if rate is None else 0
+    job.num_skipped += rate is None
+    num_tokens = sum(item.num_tokens for item in items)
+    job.journal.record(
+        StepRecord(
+            step=progress.steps,
+            adapters={cfg.method: float(loss)},
+            learning_rate=rate or 0.0,
+            tokens=num_tokens,
+            seconds=seconds,
+            tokens_per_s=num_tokens / seconds,
+            reduced_bytes=traffic.reduced,
+            gathered_bytes=traffic.gathered,
+            control_bytes=traffic.control,
+            checks_bytes=traffic.checks,
+            skipped=rate is None,
+            skipped_adapters=(cfg.method,) if rate is None else (),
+        )
+    )
+
+
+def gradient(learner: Learner, items: Sequence[Item], *, microbatch_tokens: int) -> Tensor:
+    """Leave the gradient of the global batch with the learner and return the global loss.
+
+    Returns:
+        A float64 scalar on the CPU, in nats a target token, the same on every rank.
+    """
+    num_targets = sum(len(item.target_ids) for item in items)
+    passes = plan_passes(items, world=comm.world_size(), microbatch_tokens=microbatch_tokens)[comm.rank()]
+    total = torch.zeros(1, dtype=torch.float64)
+    for number, of_pass in enumerate(passes):
+        # A rank without a row takes an empty one: gradients are summed in the order in which backward makes them.
+        rows = step.rows_of(of_pass, {}) or [Row(None, (0, 0), 1)]
+        nll = model.target_losses(learner.base, rows, through=learner.through).sum() * bool(of_pass)
+        learner.backward(nll / num_targets, is_last=number == len(passes) - 1)
+        total += nll.detach().double().cpu() / num_targets
+    return comm.sum_(total.to(learner.base.device)).cpu()[0]
+
+
+def _evaluated(job: Job, split: Split, title: str) -> dict[str, float]:
+    """Score the model as it stands on a split, and write it down."""
+    cfg, task = job.cfg, job.task
+    cell = evaluate.Cell(evaluate.BASE_ALONE, task, task.split(split), cfg.task.metrics)
+    (result,) = evaluate.run_cells(job.base, {}, [cell], microbatch_tokens=job.train.microbatch_tokens)
+    row = EvaluationRecord(
+        step=job.progress.steps, adapter=cfg.method, split=title, metrics=result.metrics, seconds=result.seconds
+    )
+    job.journal.record(row)
+    return result.metrics
+
+
+def _evaluate(job: Job) -> None:
+    """Score on the validation split; keep a state that is better than ever, end a run that gets no better."""
+    progress, metric, patience = job.progress, job.cfg.task.metrics[0], job.train.early_stop
+    found = _evaluated(job, "validation", "validation")
+    is_better = not progress.best or found[metric] > progress.best[metric]
+    if is_better and all(optim.are_finite([list(job.learner.named.values())])):  # NaN may guess well
+        progress.best, progress.best_step, progress.stale_evaluations = found, progress.steps, 0
+        job.learner.keep()
+        return
+    progress.stale_evaluations += 1
+    if progress.outcome is None and patience is not None and progress.stale_evaluations >= patience:
+        progress.outcome = "stopped early"
+        progress.reason = f"early stop: {patience} evaluation(s) in a row without a better {metric}"
+
+
+def _save(job: Job) -> None:
+    """Write what the user takes away, and a checkpoint where the learner can be resumed."""
+
+    def write() -> None:
+        job.learner.save()
+        parts = job.learner.state()
+        if parts is None:
+            return
+        content = {
+            "step": job.progress.steps,
+            "seconds": job.seconds,
+            "num_skipped": job.num_skipped,
+            "progress": {job.cfg.method: asdict(job.progress)},
+        }
+        keep = job.train.keep_checkpoints
+        checkpoint.write_(job.cfg.checkpoints_dir, content, *parts, job.identity, keep=keep)
+
+    job.journal.write(write)
+    job.report(job.progress.steps)
+
+
+def _take_over(job: Job) -> bool:
+    """Go on from the newest checkpoint, if there is one. Rank 0 looks for all."""
+    root, journal = job.cfg.checkpoints_dir, job.journal
+    seen = comm.together(
+        lambda: checkpoint.newest(root, note=lambda text: journal.note(0, text)) if comm.rank() == 0 else None
+    )
+    found = comm.gather_objects(seen)[0]
+    if found is None:
+        return False
+    content, tensors, moments = comm.together(lambda: checkpoint.read(found, job.identity))
+    saved = content["progress"][job.cfg.method]
+    job.progress = AdapterProgress(cursor=Cursor(**saved.pop("cursor")), **saved)
+    job.seconds, job.num_skipped = content["seconds"], content["num_skipped"]
+    job.learner.take_over_(tensors, moments)
+    journal.note(job.progress.steps, f"goes on from {found.name}")
+    return True
+
+
+def _note_start(job: Job) -> None:
+    """What should be known before the first step."""
+    if job.learner.state() is None and job.cfg.metrics_path.exists():
+        job.journal.note(0, f"starts from its first step, as it did before: {job.cfg.method} keeps no checkpoint")
+    if job.task.num_cut:
+        job.journal.note(0, f"{job.task.num_cut} inputs were cut to task.max_text_tokens")
+    if job.cfg.base.sharding == "world" and comm.world_size() > 1:
+        job.journal.note(
+            0, f"method={job.cfg.method} holds the base whole on every rank: base.sharding is for adapters"
+        )
+
+
+def _finish(
+    job: Job, planned: budget.Budget, peak: memory.PeakMemory, after: dict[str, float], seconds: float
+) -> RunSummary:
+    cfg, progress, folder = job.cfg, job.progress, job.learner.directory
+    # Every rank takes rank 0's: the file is its own, and it holds the steps before a restart too.
+    rows = comm.gather_objects(summary.steps_of(cfg.metrics_path) if comm.rank() == 0 else None)[0]
+    result = AdapterSummary(
+        dir=str(folder),
+        file_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        trainable_parameters=sum(p.numel() for p in job.learner.named.values()),
+        train_loss=progress.last_loss or 0.0,
+        steps=progress.steps,
+        stopped=progress.reason,
+        before=progress.before,
+        after=after,
+    )
+    ended = summary.make(
+        rows,
+        planned,
+        name=cfg.name,
+        is_packed=False,
+        seconds=seconds,
+        peak_rank_bytes=max(comm.gather_objects(peak.peak_bytes())),
+        adapters={cfg.method: result},
+    )
+    job.journal.write(lambda: cfg.summary_path.write_text(ended.model_dump_json(indent=1)))
+    return ended
