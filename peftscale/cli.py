@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -89,6 +89,8 @@ def plan(
     from peftscale import plan as planning
 
     cfg = configio.load(run_file, overrides or [])
+    if cfg.method != "adapters":
+        raise ConfigError(f"method: runs of adapters are planned, got {cfg.method!r}, which is checked when it starts")
     machines = [planning.Hardware.parse(name) for name in hardware or []] or [planning.detect()]
     base_facts = facts.load(_config_dir(cfg.base.model, cfg.base.revision))
     plans = [
@@ -109,21 +111,28 @@ def evaluate(
     run_file: RunFile,
     overrides: Overrides = None,
     adapter: Adapters = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="A task of the run file or catalogue, or a run file; repeatable. Left out: the adapters'."),
+    ] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    ensemble: Annotated[bool, typer.Option("--ensemble", help="Let the adapters answer together too.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score adapters, and the base without any, on the run file's task. The base is loaded once."""
+    """Score every adapter, and the base without any, on every task, in the same passes. The base is loaded once."""
     from peftscale import configio, driver, report
 
-    if split not in ("train", "validation", "test"):
-        raise ConfigError(f"--split: must be train, validation or test, got {split!r}")
+    _refuse_other_split(split)
     cfg = configio.load(run_file, overrides or [])
     directories = driver.adapter_dirs(cfg, adapter)
-    result = driver.evaluate(driver.with_task_of(cfg, directories), directories, split)
+    if ensemble and len(directories) < 2:
+        raise ConfigError("--ensemble: needs two adapters at least, got one. Name more with --adapter.")
+    tasks = driver.tasks_for(cfg, directories, task or [], option="--task")
+    result = driver.evaluate(cfg, directories, tasks, split, with_ensemble=ensemble)
     for note in result["notes"]:
         report.note(note)
     if as_json:
-        report.show_json(result)
+        report.show_json(report.scores_json(result))
     else:
         report.show(report.scores_table(result))
 
@@ -157,16 +166,130 @@ def generate(
 
 
 @app.command()
-def inspect(adapter: Annotated[Path, typer.Argument(help="An adapter directory.")], as_json: AsJson = False) -> None:
-    """Say what an adapter directory holds, after checking every hash in it."""
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="An adapter directory.")],
+    run_file: Annotated[Path | None, typer.Argument(help="A run file, for its base: read the prompt in words.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base in place of a run file: a directory or a hub id.")] = None,
+    neighbours: Annotated[int, typer.Option("--neighbours", "-k", min=2, help="Words for each virtual token.")] = 5,
+    png: Annotated[Path | None, typer.Option(help="Draw the prompt among its neighbours.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what an adapter directory holds, after checking every hash; with its base, what its prompt is near to."""
     from peftscale import report
     from peftscale.adapters import files
 
+    if (run_file is None) == (base is None) and (run_file or png):
+        raise ConfigError("inspect: what a prompt is near to takes its base from a run file or --base: name one.")
     found = files.describe(adapter).model_dump(mode="json")
+    tables = [report.facts_table(str(adapter), found)]
+    if run_file is not None or base is not None:
+        from peftscale import configio
+        from peftscale.analysis import picture, reading
+
+        run = configio.load(run_file) if run_file is not None else None
+        of_base = run.base if run is not None else reading.base_of(adapter, base or "")
+        read = reading.read(adapter, of_base, k=neighbours, run=run)
+        if png is not None:
+            picture.save(read, png, title=str(adapter))
+        found["reading"] = read.to_json()
+        tables += report.reading_tables(found["reading"])
+        for note in found["reading"]["notes"]:
+            report.note(note)
+    if as_json:
+        report.show_json(found)
+        return
+    for table in tables:
+        report.show(table)
+
+
+@app.command()
+def similar(
+    adapter: Annotated[Path, typer.Argument(help="An adapter directory.")],
+    library: Annotated[Path, typer.Argument(help="A directory with adapters somewhere below it.")],
+    as_json: AsJson = False,
+) -> None:
+    """Rank a library of adapters by their similarity with one: which of them to start another task from."""
+    from peftscale import report
+    from peftscale.analysis import similarity
+
+    found = similarity.rank(adapter, library)
+    for note in found["notes"]:
+        report.note(note)
     if as_json:
         report.show_json(found)
     else:
-        report.show(report.facts_table(str(adapter), found))
+        report.show(report.library_table(found))
+
+
+@app.command()
+def transfer(
+    run_files: Annotated[list[str], typer.Argument(metavar="RUN_FILE... [KEY=VALUE]...", help="One for each method.")],
+    to: Annotated[
+        list[str], typer.Option(help="A task of the first run file or the catalogue, or a run file; repeatable.")
+    ],
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Train everything with this seed; repeatable. Left out: the run files'.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    as_json: AsJson = False,
+) -> None:
+    """Train methods on one task, unless they are, and score them on others that they never saw."""
+    from peftscale import configio, driver, report
+    from peftscale.analysis import transfer as study
+
+    _refuse_other_split(split)
+    overrides = [word for word in run_files if "=" in word and not Path(word).is_file()]
+    runs = [configio.load(path, overrides) for path in run_files if path not in overrides]
+    if not runs:
+        raise ConfigError("transfer: no run file given.")
+    targets = driver.tasks_for(runs[0], [], to, option="--to")
+    found = study.study(study.members(runs, seed or []), targets, split, train=driver.finished, score=driver.evaluate)
+    for note in found["notes"]:
+        report.note(note)
+    if as_json:
+        report.show_json(found)
+    else:
+        report.show(report.transfer_table(found))
+
+
+@app.command("import")
+@_names_its_run_file
+def import_(
+    run_file: RunFile,
+    source: Annotated[Path, typer.Argument(help="A .npy prompt of T5X, or an adapter directory of PEFT.")],
+    out: Annotated[Path, typer.Option(help="The adapter directory to write.")],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take over an adapter of another program, for the run file's base and task."""
+    from peftscale import configio, report
+    from peftscale.adapters import exchange
+
+    found = exchange.import_(configio.load(run_file, overrides or []), source, out)
+    for note in found["notes"]:
+        report.note(note)
+    if as_json:
+        report.show_json(found)
+    else:
+        report.show(report.facts_table("imported adapter", {key: found[key] for key in found if key != "notes"}))
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="An adapter directory.")],
+    out: Annotated[Path, typer.Option(help="What to write: a directory for peft, a file for npy.")],
+    format: Annotated[Literal["peft", "npy"], typer.Option(help="PEFT's two files, or T5X's matrix.")] = "peft",
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter for another program."""
+    from peftscale import report
+    from peftscale.adapters import exchange
+
+    found = exchange.export(adapter, out, format)
+    if as_json:
+        report.show_json(found)
+    else:
+        report.show(report.facts_table("exported adapter", found))
 
 
 @app.command()
@@ -186,6 +309,31 @@ def pack(
         report.show_json(found)
     else:
         report.show(report.facts_table("packed base", found))
+
+
+@app.command()
+def tasks(
+    data: Annotated[
+        Path | None, typer.Option(help="Count local data too: DATA/<task>/train.jsonl, validation.jsonl, ...")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the tasks that a run file can name, with their metrics and sizes."""
+    from peftscale import catalogue, report
+
+    found = {name: catalogue.described(entry) for name, entry in catalogue.entries().items()}
+    if data is not None:
+        from peftscale.data import texts
+
+        if not data.is_dir():
+            raise ConfigError(f"--data {data}: no such directory")
+        for name, entry in catalogue.entries().items():
+            files = entry.files_in(data.absolute())
+            found[name]["local_sizes"] = texts.count(entry.over(files)) if files else None
+    if as_json:
+        report.show_json({"tasks": found})
+    else:
+        report.show(report.tasks_table(found))
 
 
 @app.command()
@@ -241,6 +389,11 @@ def _run() -> int:
         print(f"the run failed: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _refuse_other_split(split: str) -> None:
+    if split not in ("train", "validation", "test"):
+        raise ConfigError(f"--split: must be train, validation or test, got {split!r}")
 
 
 def _config_dir(model: str, revision: str) -> Path:

@@ -4,24 +4,27 @@ Reading a file, overrides and error messages are `configio`; what a value costs 
 imports torch, so that a laptop can check a run file in milliseconds.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from peftscale.baseline_config import FewShotConfig, FullFinetuningConfig, LoraConfig, Method
+from peftscale.train_config import AdapterTrainConfig as AdapterTrainConfig
+from peftscale.train_config import Frozen as Frozen
+from peftscale.train_config import Optimizer as Optimizer
+from peftscale.train_config import OptimizerConfig as OptimizerConfig
+from peftscale.train_config import Schedule as Schedule
+from peftscale.train_config import TrainConfig as TrainConfig
 
 Quantization = Literal["nf4", "int8", "none"]
 ComputeDtype = Literal["bfloat16", "float32"]
 Sharding = Literal["auto", "replicated", "world"]
-Metric = Literal["accuracy", "macro_f1", "exact_match"]
-Optimizer = Literal["adamw", "adafactor"]
-Schedule = Literal["constant", "linear", "cosine"]
+LabelMetric = Literal["accuracy", "f1", "macro_f1", "group_exact_match"]
+TextMetric = Literal["squad_f1", "squad_exact_match", "referent_accuracy", "bleu"]
+Metric = Literal[LabelMetric, TextMetric, "exact_match", "mean"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
-
-
-class Frozen(BaseModel):
-    """A model that cannot be changed after it was checked, and that refuses keys it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class BaseConfig(Frozen):
@@ -56,7 +59,9 @@ class HubData(Frozen):
 
     path: str
     subset: str | None = None
+    """Its name, or its directory in the hub's own conversion of a data set that is a script."""
     revision: str = "main"
+    """Branch, tag or commit; refs/convert/parquet is the branch of those conversions."""
     train: str = "train"
     """Name of the split, slices allowed: train[:90%]."""
     validation: str = "validation"
@@ -64,23 +69,45 @@ class HubData(Frozen):
 
 
 class TaskConfig(Frozen):
-    """Text in, text out: which columns make the text that is read and the text that is to be written."""
+    """Text in, text out: which columns make the text that is read and the text that is to be written.
+
+    A task that gives `input`, `target` and `metrics` is complete. Another takes what it leaves out from the catalogue's
+    task of its name (`peftscale tasks`), and `files` stand in place of its `hub`.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """Used in reports and kept with the adapter."""
+    """Used in reports and kept with the adapter. One of the catalogue, or of your own."""
     files: DataFiles | None = None
     hub: HubData | None = None
+    each: dict[str, str] = Field(default_factory=dict)
+    """Name -> Jinja expression for a list. A row becomes one row for each entry, which is a column of that name; later
+    expressions may use earlier names: {question: passage.questions, answer: question.answers}."""
     input: str
     """Jinja template over the columns: the text that the base reads."""
+    cue: str = ""
+    """Text behind the input, whose last blanks it replaces, to say that the target comes next. An encoder-decoder reads
+    the input without it."""
     target: str
     """Jinja template over the columns: the text to be written, or the key into `labels`."""
+    references: str | None = None
+    """Jinja expression for a list: all right answers, where there are several. `target` then renders one of them,
+    called `reference`. Training sees each as an example of its own, evaluation holds one prediction against all."""
+    group: str | None = None
+    """Jinja expression. With labels: rows with equal values are answers to one question (group_exact_match). Without:
+    rows of an evaluation with equal values are one example, with the references of all of them."""
+    target_holds: str | None = None
+    """Jinja expression for true or false: whether the target is the right one. Where it is not, the row is left out of
+    training, and referent_accuracy asks for another text."""
     labels: dict[str, str] | None = None
     """Rendered target -> the words that stand for it. Given: classification by the likelihood of those words.
     Left out: the target itself is written by greedy generation."""
     metrics: tuple[Metric, ...] = Field(min_length=1)
-    """The first one decides which adapter is the best."""
+    """The first one decides which adapter is the best. f1: of the last label; squad_f1, squad_exact_match: of the words
+    as SQuAD normalises them; mean: of the other metrics. All between 0 and 1, bleu too."""
     max_text_tokens: PositiveInt | None = None
-    """Longer inputs lose their first tokens, and the run says how many were cut. Left out: they are refused."""
+    """Longer inputs are cut, and the run says how many. Left out: they are refused."""
+    cut: Literal["start", "end"] = "start"
+    """Where a longer input loses its tokens. The cue stays."""
     max_target_tokens: PositiveInt = 64
     """Longest text that is generated. Unit: tokens."""
 
@@ -91,75 +118,34 @@ class TaskConfig(Frozen):
         return self
 
     @model_validator(mode="after")
-    def metrics_fit_the_target(self) -> Self:
+    def keys_belong_together(self) -> Self:
         if self.labels is None:
-            wrong = [metric for metric in self.metrics if metric != "exact_match"]
-            if wrong:
-                raise ValueError(
-                    f"metrics: {', '.join(wrong)} need(s) `labels`; a generated text is scored by exact_match"
-                )
+            if "reference" in self.each:
+                raise ValueError("each: reference is the name of one of `references`; choose another")
         elif len(self.labels) < 2 or len(set(self.labels.values())) != len(self.labels):
             raise ValueError(f"labels: need at least two different words, got {list(self.labels.values())}")
+        elif self.references is not None or self.target_holds is not None:
+            raise ValueError("references, target_holds: belong to a text that is generated, and this task has labels")
+        if (self.target_holds is not None) != ("referent_accuracy" in self.metrics):
+            raise ValueError("metrics: referent_accuracy needs target_holds, and target_holds needs it")
         return self
-
-
-class TrainConfig(Frozen):
-    """How the adapters are trained."""
-
-    steps: PositiveInt
-    examples_per_step: PositiveInt
-    """Over all ranks and micro-batches: the number of workers never changes it."""
-    microbatch_tokens: PositiveInt
-    """Most tokens, prompts and padding included, in one pass of one rank. It bounds memory, not the result."""
-    packing: Literal["auto", "off"] = "auto"
-    """auto: one row of all prompts and texts, each prompt computed once, where that is exact for the base (it is
-    checked); off: one padded row an example, the reference."""
-    optimizer: Optimizer
-    """adafactor is the recipe of Lester et al. 2021: no parameter scaling, not factored, update clipped at RMS 1."""
-    learning_rate: PositiveFloat
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """adamw: multiplied by the rate, as in torch. adafactor: not multiplied by it, as in T5X (1e-5 there)."""
-    schedule: Schedule = "constant"
-    """The rate after warm-up, down to zero at `steps` for linear and cosine."""
-    warmup_steps: NonNegativeInt = 0
-    clip_norm: PositiveFloat | None = None
-    """Largest L2 norm of one adapter's gradient."""
-    evaluate_every: PositiveInt
-    """Steps between evaluations on the validation split. There is one before the first step and one at the end too."""
-    checkpoint_every: PositiveInt
-    """Steps between checkpoints. There is always one at the end."""
-    keep_checkpoints: PositiveInt = 2
-    early_stop: PositiveInt | None = None
-    """Stop after this many evaluations in a row without a better first metric."""
-    max_nonfinite_steps: PositiveInt = 10
-    """A step with a non-finite loss or gradient changes nothing and is counted; so many in a row stop the adapter."""
 
     @model_validator(mode="after")
-    def warm_up_ends(self) -> Self:
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps: must be less than steps={self.steps}, got {self.warmup_steps}")
+    def metrics_fit_the_target(self) -> Self:
+        takes, refuses = (TextMetric, LabelMetric) if self.labels is None else (LabelMetric, TextMetric)
+        wrong = [metric for metric in self.metrics if metric in get_args(refuses)]
+        known = ", ".join(("exact_match", *get_args(takes)))
+        if wrong and self.labels is None:
+            raise ValueError(f"metrics: {', '.join(wrong)} need(s) `labels`; a generated text is scored by {known}")
+        if wrong:
+            raise ValueError(f"metrics: {', '.join(wrong)} score(s) a generated text; labels are scored by {known}")
+        if "f1" in self.metrics and self.labels is not None and len(self.labels) != 2:
+            raise ValueError(f"metrics: f1 needs two labels, got {len(self.labels)}; macro_f1 takes any number")
+        if "group_exact_match" in self.metrics and self.group is None:
+            raise ValueError("metrics: group_exact_match needs `group`, which says what belongs together")
+        if len(set(self.metrics)) != len(self.metrics) or ("mean" in self.metrics and len(self.metrics) < 3):
+            raise ValueError(f"metrics: each once, and mean beside two others at least; got {', '.join(self.metrics)}")
         return self
-
-
-class AdapterTrainConfig(Frozen):
-    """What one adapter does otherwise than the run's `train`. A key that is left out is the run's.
-
-    What belongs to a pass or to the whole run (micro-batches, packing, checkpoints) has no key here.
-    """
-
-    steps: PositiveInt | None = None
-    """The adapter leaves the cohort when they are taken; the others go on."""
-    examples_per_step: PositiveInt | None = None
-    optimizer: Optimizer | None = None
-    learning_rate: PositiveFloat | None = None
-    weight_decay: Annotated[float, Field(ge=0)] | None = None
-    schedule: Schedule | None = None
-    warmup_steps: NonNegativeInt | None = None
-    clip_norm: Annotated[float, Field(ge=0)] | None = None
-    """0: not clipped, whatever the run's is."""
-    evaluate_every: PositiveInt | None = None
-    early_stop: NonNegativeInt | None = None
-    """0: never stopped early, whatever the run's is."""
 
 
 class AdapterSettings(Frozen):
@@ -176,6 +162,10 @@ class AdapterSettings(Frozen):
     train: AdapterTrainConfig | None = None
     """What it does otherwise than the run's `train`."""
 
+    def seed_in(self, of_run: int) -> int:
+        """Its own seed, or the run's."""
+        return of_run if self.seed is None else self.seed
+
 
 def _require_text_exactly_when_asked_for(init: str, init_text: str | None) -> None:
     """`init_text` belongs to one kind of start, whatever the adapter is."""
@@ -186,20 +176,54 @@ def _require_text_exactly_when_asked_for(init: str, init_text: str | None) -> No
         )
 
 
+def _require_adapter_exactly_when_asked_for(init: str, init_adapter: Path | None, reparam: str) -> None:
+    """`init_adapter` belongs to one kind of start, which no network can begin at."""
+    if (init == "adapter") != (init_adapter is not None):
+        raise ValueError(
+            f"init_adapter: must be given exactly when init is 'adapter'; got init={init!r} and "
+            f"{'no init_adapter' if init_adapter is None else 'an init_adapter'}"
+        )
+    if init == "adapter" and reparam != "none":
+        raise ValueError(
+            f"init: 'adapter' gives the values to start at, which the network of reparam={reparam!r} would change; set "
+            f"reparam to 'none' or choose another init"
+        )
+
+
+def _require_network_exactly_when_asked_for(network: str, reparam: str, hidden_size: int | None) -> None:
+    """`reparam_hidden_size` belongs to the one network that the kind of adapter knows."""
+    if (reparam == network) != (hidden_size is not None):
+        raise ValueError(
+            f"reparam_hidden_size: must be given exactly when reparam is {network!r}; got reparam={reparam!r} and "
+            f"{'no size' if hidden_size is None else hidden_size}"
+        )
+
+
 class SoftPromptConfig(AdapterSettings):
     """One trainable matrix in front of the input embeddings (Lester et al. 2021, section 2)."""
 
     kind: Literal["prompt"]
     length: PositiveInt
     """Virtual tokens, P. The saved file is P * H * 4 bytes and a header: 1.6 MB for P=100, H=4096."""
-    init: Literal["random", "vocabulary", "text", "labels"]
-    """Where the rows start: U(-0.5, 0.5), frequent embeddings, an embedded sentence, embedded label words."""
+    decoder_length: NonNegativeInt = 0
+    """Virtual tokens in front of the decoder's input too, beside those of the encoder's. Encoder-decoder bases only."""
+    init: Literal["random", "scaled", "vocabulary", "text", "labels", "adapter"]
+    """Where the rows start: U(-0.5, 0.5) as in the paper, normal with mean and deviation of the frequent embeddings,
+    frequent embeddings, an embedded sentence, embedded label words, another prompt (SPoT)."""
     init_text: str | None = None
     """The sentence, repeated or cut to `length` tokens. Required by init='text', refused otherwise."""
     init_labels: tuple[str, ...] = ()
     """Label words, one row each. Required by init='labels', refused otherwise."""
     init_top: PositiveInt = 5000
     """Sampled rows are drawn among token ids 0 .. init_top-1, the most frequent ones (cut to the vocabulary)."""
+    init_adapter: Path | None = None
+    """The directory of a prompt of the same base, cut or repeated from its first row on to `length` rows. Required by
+    init='adapter', refused otherwise."""
+    reparam: Literal["none", "residual"] = "none"
+    """residual: rows are trained vectors and what a small network adds to them (Razdaibiedina et al. 2023); folded when
+    the adapter is saved, kept in the checkpoint."""
+    reparam_hidden_size: PositiveInt | None = None
+    """Hidden size of that network. Required by reparam='residual', refused otherwise."""
 
     @model_validator(mode="after")
     def text_exactly_when_asked_for(self) -> Self:
@@ -215,6 +239,16 @@ class SoftPromptConfig(AdapterSettings):
             )
         return self
 
+    @model_validator(mode="after")
+    def adapter_exactly_when_asked_for(self) -> Self:
+        _require_adapter_exactly_when_asked_for(self.init, self.init_adapter, self.reparam)
+        return self
+
+    @model_validator(mode="after")
+    def network_exactly_when_asked_for(self) -> Self:
+        _require_network_exactly_when_asked_for("residual", self.reparam, self.reparam_hidden_size)
+        return self
+
 
 class PrefixConfig(AdapterSettings):
     """Trainable keys and values in front of those of every attention layer (Li and Liang 2021)."""
@@ -222,10 +256,13 @@ class PrefixConfig(AdapterSettings):
     kind: Literal["prefix"]
     length: PositiveInt
     """Virtual tokens, P. The saved file is 2 * P * layers * key heads * head size * 4 bytes and a header."""
-    init: Literal["random", "zero", "text"]
-    """Where keys and values start: N(0, 1), zeros, or those that the base computes for a text."""
+    init: Literal["random", "zero", "text", "adapter"]
+    """Where keys and values start: N(0, 1), zeros, those that the base computes for a text, another prefix (SPoT)."""
     init_text: str | None = None
     """The text, repeated or cut to `length` tokens. Required by init='text', refused otherwise."""
+    init_adapter: Path | None = None
+    """The directory of a prefix of the same base, cut or repeated from its first token on to `length` tokens. Required
+    by init='adapter', refused otherwise."""
     reparam: Literal["none", "mlp"] = "none"
     """mlp: keys and values are what a small network makes of trained vectors; it is folded when the adapter is saved
     and stays in the checkpoint."""
@@ -238,12 +275,13 @@ class PrefixConfig(AdapterSettings):
         return self
 
     @model_validator(mode="after")
+    def adapter_exactly_when_asked_for(self) -> Self:
+        _require_adapter_exactly_when_asked_for(self.init, self.init_adapter, self.reparam)
+        return self
+
+    @model_validator(mode="after")
     def network_exactly_when_asked_for(self) -> Self:
-        if (self.reparam == "mlp") != (self.reparam_hidden_size is not None):
-            raise ValueError(
-                f"reparam_hidden_size: must be given exactly when reparam is 'mlp'; got reparam={self.reparam!r} and "
-                f"{'no size' if self.reparam_hidden_size is None else self.reparam_hidden_size}"
-            )
+        _require_network_exactly_when_asked_for("mlp", self.reparam, self.reparam_hidden_size)
         if self.reparam == "mlp" and self.init == "text":
             raise ValueError(
                 "init: 'text' gives keys and values, which the network of reparam='mlp' cannot start at; "
@@ -253,6 +291,28 @@ class PrefixConfig(AdapterSettings):
 
 
 AdapterConfig = Annotated[SoftPromptConfig | PrefixConfig, Field(discriminator="kind")]
+AdapterConfigs = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], AdapterConfig], Field(min_length=1)
+]
+"""By name, which is the name of a directory too."""
+
+
+def refuse_endless_warm_ups(adapters: Mapping[str, AdapterSettings], of_run: OptimizerConfig) -> None:
+    """Check what adapters have for themselves together with what is the run's.
+
+    Raises:
+        ValueError: a line for each adapter whose warm-up would not end. For a validator.
+    """
+    wrong = []
+    for name, adapter in adapters.items():
+        train = of_run if adapter.train is None else adapter.train.over(of_run)
+        if train.warmup_steps >= train.steps:
+            wrong.append(
+                f"adapters.{name}.train: warmup_steps={train.warmup_steps} must be less than steps={train.steps}; what "
+                f"is not given there is the run's"
+            )
+    if wrong:
+        raise ValueError("\n".join(wrong))
 
 
 class ClusterConfig(Frozen):
@@ -276,12 +336,18 @@ class RunConfig(Frozen):
     """The run's directory in the storage. A name is used once."""
     seed: NonNegativeInt
     base: BaseConfig
-    adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], AdapterConfig] = Field(min_length=1)
+    adapters: AdapterConfigs
     """Trained together over the one base, each as if alone. Keys may be lists: see AdapterSettings. A dot in a name
     comes from such a product; a name that is typed has none."""
     task: TaskConfig
     train: TrainConfig
     cluster: ClusterConfig
+    method: Method = "adapters"
+    """adapters: train them. Another word does that instead, for comparison: on the run's task, in the same order, with
+    the same evaluation; the adapters are left alone."""
+    full_finetuning: FullFinetuningConfig | None = None
+    lora: LoraConfig | None = None
+    few_shot: FewShotConfig | None = None
     track: tuple[Tracker, ...] = ()
     """Trackers beside metrics.jsonl, which is always written."""
 
@@ -300,22 +366,34 @@ class RunConfig(Frozen):
 
     @model_validator(mode="after")
     def every_warm_up_ends(self) -> Self:
-        wrong = []
-        for name in self.adapters:
-            of_adapter = self.adapter_train(name)
-            if of_adapter.warmup_steps >= of_adapter.steps:
-                wrong.append(
-                    f"adapters.{name}.train: warmup_steps={of_adapter.warmup_steps} must be less than "
-                    f"steps={of_adapter.steps}; what is not given there is the run's"
-                )
+        refuse_endless_warm_ups(self.adapters, self.train)
+        return self
+
+    @model_validator(mode="after")
+    def method_is_possible(self) -> Self:
+        method, stored, train, wrong = self.method, self.base.quantization, self.baseline_train, []
+        if method in ("lora", "few_shot") and getattr(self, method) is None:
+            example = "{rank: 8, alpha: 16}" if method == "lora" else "{examples: 4}"
+            wrong.append(f"{method}: missing; method={method!r} needs it, for example {example}")
+        if method == "full_finetuning" and stored != "none":
+            wrong.append(
+                f"method: 'full_finetuning' trains the weights, so base.quantization must be 'none', got {stored!r}"
+            )
+        if method == "lora" and stored == "int8":
+            wrong.append(
+                "method: 'lora' takes base.quantization 'nf4' or 'none', got 'int8', whose kernels round inputs too"
+            )
+        if method == "few_shot" and self.few_shot and self.few_shot.calibrated and self.task.labels is None:
+            wrong.append("few_shot: calibrated compares the likelihoods of task.labels, and this task has none")
+        if train.warmup_steps >= train.steps:
+            wrong.append(f"{method}: train.warmup_steps={train.warmup_steps} must be less than steps={train.steps}")
         if wrong:
             raise ValueError("\n".join(wrong))
         return self
 
     def adapter_seed(self, name: str) -> int:
         """The seed of one adapter: its own, or the run's."""
-        own = self.adapters[name].seed
-        return self.seed if own is None else own
+        return self.adapters[name].seed_in(self.seed)
 
     def adapter_task(self, name: str) -> TaskConfig:
         """The task of one adapter: its own, or the run's."""
@@ -324,17 +402,19 @@ class RunConfig(Frozen):
     def adapter_train(self, name: str) -> TrainConfig:
         """How one adapter is trained: the run's `train` with what the adapter has otherwise."""
         own = self.adapters[name].train
-        if own is None:
-            return self.train
-        changes = {key: value for key, value in own if value is not None}
-        for key in ("clip_norm", "early_stop"):
-            if changes.get(key) == 0:
-                changes[key] = None
-        return self.train.model_copy(update=changes)
+        return self.train if own is None else own.over(self.train)
+
+    @property
+    def baseline_train(self) -> TrainConfig:
+        """How full fine-tuning or LoRA is trained: the run's `train` with what the method's section has otherwise."""
+        section = {"lora": self.lora, "full_finetuning": self.full_finetuning}.get(self.method)
+        return self.train if section is None or section.train is None else section.train.over(self.train)
 
     @property
     def num_steps(self) -> int:
-        """Steps of the cohort: until its last adapter has taken its own."""
+        """Steps of the run: until the last adapter of the cohort has taken its own."""
+        if self.method != "adapters":
+            return 0 if self.method == "few_shot" else self.baseline_train.steps
         return max(self.adapter_train(name).steps for name in self.adapters)
 
     @property

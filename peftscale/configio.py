@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from peftscale import complaints
+from peftscale import catalogue, complaints
 from peftscale.complaints import Problems, close_to, shown
 from peftscale.config import RunConfig
 from peftscale.errors import ConfigError
@@ -51,6 +51,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     _override(conf, overrides, problems)
     raw = _plain(conf, (), problems)
     _take_paths_from(path.absolute().parent, raw, problems)
+    _fill_tasks(raw, problems)
     _expand(raw, problems)
     cfg: RunConfig | None = None
     try:
@@ -94,6 +95,9 @@ def fingerprint(cfg: RunConfig) -> str:
     """
     data = cfg.model_dump(mode="json", exclude=_NOT_THE_RESULT)
     data["base"]["model"] = "/".join(Path(cfg.base.model).parts[-2:])
+    for adapter in data["adapters"].values():
+        if adapter["init_adapter"]:
+            adapter["init_adapter"] = "/".join(Path(adapter["init_adapter"]).parts[-2:])
     for task in (data["task"], *(adapter["task"] for adapter in data["adapters"].values())):
         for split, file in ((task or {}).get("files") or {}).items():
             task["files"][split] = file and "/".join(Path(file).parts[-2:])
@@ -103,6 +107,7 @@ def fingerprint(cfg: RunConfig) -> str:
 def schema() -> dict[str, Any]:
     """JSON schema of a run file, with the field docstrings as descriptions, for editors that check YAML."""
     made = RunConfig.model_json_schema()
+    made["$defs"]["TaskConfig"]["required"] = ["name"]  # the catalogue may have the others
     for name, section in made["$defs"].items():
         if name != "AdapterTrainConfig" and not {"kind", "seed", "task", "train"} <= set(section["properties"]):
             continue
@@ -240,24 +245,54 @@ def _take_paths_from(folder: Path, raw: dict[str, Any], problems: Problems) -> N
     typed_adapters = raw.get("adapters")
     names = list(typed_adapters) if isinstance(typed_adapters, dict) else []
     data_files = [*_DATA_FILES, *(("adapters", name, *keys) for name in names for keys in _DATA_FILES)]
-    for keys in (*data_files, *_MAY_BE_MADE, ("base", "model")):
+    starts = [("adapters", name, "init_adapter") for name in names]
+    for keys in (*data_files, *starts, *_MAY_BE_MADE, ("base", "model")):
         holder: Any = raw
         for key in keys[:-1]:
             holder = holder.get(key) if isinstance(holder, dict) else None
         typed = holder.get(keys[-1]) if isinstance(holder, dict) else None
-        if not isinstance(typed, str) or not typed:
+        must_be = "file" if keys in data_files else "directory" if keys not in _MAY_BE_MADE else None
+        if isinstance(typed, list):  # a product: each of its adapters starts from another
+            holder[keys[-1]] = [_absolute(folder, one, keys, problems, must_be=must_be) for one in typed]
+        elif typed is not None:
+            holder[keys[-1]] = _absolute(folder, typed, keys, problems, must_be=must_be)
+
+
+def _absolute(folder: Path, typed: Any, keys: complaints.Keys, problems: Problems, *, must_be: str | None) -> Any:
+    """A path as it was typed, taken from the run file's folder; what is no path comes back as it is."""
+    if not isinstance(typed, str) or not typed or (keys == ("base", "model") and not _is_path(typed, folder)):
+        return typed
+    if "://" in typed:
+        problems.add(keys, f"must be a path that every node sees (a mounted directory), got the URL {shown(typed)}")
+        return typed
+    place = Path(os.path.abspath(folder / Path(typed).expanduser()))
+    if (must_be == "file" and not place.is_file()) or (must_be == "directory" and not place.is_dir()):
+        problems.add(keys, _missing(must_be, place, typed))
+    return str(place)
+
+
+def _fill_tasks(raw: dict[str, Any], problems: Problems) -> None:
+    """Complete the tasks that leave out what the catalogue has under their name, in place."""
+    adapters = raw.get("adapters")
+    of_adapters = adapters.items() if isinstance(adapters, dict) else ()
+    holders = [((), raw), *((("adapters", name), of_one) for name, of_one in of_adapters if isinstance(of_one, dict))]
+    for keys, holder in holders:
+        task = holder.get("task")
+        if not isinstance(task, dict) or catalogue.is_complete(task):
             continue
-        if keys == ("base", "model") and not _is_path(typed, folder):
-            continue
-        if "://" in typed:
-            problems.add(keys, f"must be a path that every node sees (a mounted directory), got the URL {shown(typed)}")
-            continue
-        place = Path(os.path.abspath(folder / Path(typed).expanduser()))
-        holder[keys[-1]] = str(place)
-        if keys in data_files and not place.is_file():
-            problems.add(keys, _missing("file", place, typed))
-        elif keys == ("base", "model") and not place.is_dir():
-            problems.add(keys, _missing("directory", place, typed))
+        filled = catalogue.filled(task)
+        name = task.get("name")
+        if filled is None and isinstance(name, str) and not {"input", "target"} & set(task):
+            problems.add(
+                (*keys, "task", "name"),
+                f"the catalogue (`peftscale tasks`) has no {name!r}, and a task of your own gives input, target and "
+                f"metrics{close_to(name, catalogue.entries())}",
+            )
+            # What is missing now is the same fault.
+            filled = {"input": "", "target": "", "metrics": ["exact_match"], **task}
+            if not {"files", "hub"} & set(task):
+                filled["hub"] = {"path": name}
+        holder["task"] = task if filled is None else filled
 
 
 def _expand(raw: dict[str, Any], problems: Problems) -> None:
@@ -310,7 +345,7 @@ def _product(name: str, adapter: dict[str, Any], problems: Problems) -> list[tup
             if len(among) > 1:
                 new += f"-{_named(keys[-1], value, among)}"
         if len(lists.get(("init",), ())) > 1:
-            for key in ("text", "labels"):
+            for key in ("text", "labels", "adapter"):
                 if settings["init"] != key:
                     settings.pop(f"init_{key}", None)
         found.append((new, settings))

@@ -16,16 +16,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftscale import configio, errors, machine, progress, records
-from peftscale.config import RunConfig
+from peftscale import catalogue, configio, errors, machine, progress, records
+from peftscale.config import RunConfig, TaskConfig
 from peftscale.errors import AdapterError, CheckpointError, ClusterError, ConfigError, PeftscaleError, TrainingError
 from peftscale.records import RunSummary
 
 _OBJECT_STORE_BYTES = 80 * 1024**2  # Ray's least; nothing of ours goes through it
+_NOT_RESUMED = {
+    "full_finetuning": "full fine-tuning keeps its best weights in full_finetuning/best, and no optimizer state.",
+    "few_shot": "prompt design trains nothing, so there is nothing to go on from.",
+}
 
 
 def run(cfg: RunConfig, *, resume: bool = False, show: bool = True) -> RunSummary:
-    """Train the cohort of a run file.
+    """Train the cohort of a run file, or do what its `method` says.
 
     Args:
         cfg: the run. Its name is used once: a second run with it is refused, unless it goes on.
@@ -37,6 +41,8 @@ def run(cfg: RunConfig, *, resume: bool = False, show: bool = True) -> RunSummar
         TrainingError: the run failed.
     """
     is_main = int(os.environ.get("RANK", "0")) == 0 or cfg.cluster.workers > 0
+    if resume and cfg.method in _NOT_RESUMED:
+        raise CheckpointError(f"--resume {cfg.name}: {_NOT_RESUMED[cfg.method]} Start it under another name.")
     if cfg.cluster.workers > 0:
         _check_resources(cfg)  # before anything is written
     made = _open_run_dir(cfg, resume=resume) if is_main else []
@@ -45,32 +51,79 @@ def run(cfg: RunConfig, *, resume: bool = False, show: bool = True) -> RunSummar
         with view:
             return RunSummary.model_validate(_work(cfg, "train", {}))
     except PeftscaleError:
-        if made and not any(cfg.checkpoints_dir.glob("step-*")):
+        if made and not any(cfg.run_dir.glob("*/step-*")) and not any(cfg.run_dir.glob("*/best")):
             shutil.rmtree(cfg.run_dir, ignore_errors=True)  # the name stays free for the corrected run
             _remove_empty(made)
         raise
 
 
-def evaluate(cfg: RunConfig, directories: Sequence[Path], split: str) -> dict[str, Any]:
-    """`train.use.scores` on the run file's workers."""
-    return _work(cfg, "scores", {"directories": [str(path) for path in directories], "split": split})
+def finished(cfg: RunConfig) -> RunSummary:
+    """The summary of a run: of the one that ended under its name, else of one that is made, or gone on with, now.
+
+    Raises:
+        ConfigError: the run under its name is another one.
+        PeftscaleError, TrainingError: as `run`.
+    """
+    stored = cfg.run_dir / "run.json"
+    if not stored.exists():
+        return run(cfg)
+    if configio.fingerprint(configio.from_json(stored.read_text())) != configio.fingerprint(cfg):
+        raise ConfigError(
+            f"name: the run {cfg.name!r} in {cfg.cluster.storage} has other settings than this one. Remove it, or "
+            f"choose another name."
+        )
+    if cfg.summary_path.exists():
+        return RunSummary.model_validate_json(cfg.summary_path.read_text())
+    return run(cfg, resume=True)
+
+
+def evaluate(
+    cfg: RunConfig,
+    directories: Sequence[Path],
+    tasks: Sequence[TaskConfig],
+    split: str,
+    *,
+    with_ensemble: bool = False,
+) -> dict[str, Any]:
+    """`analysis.matrix.scores` on the run file's workers."""
+    payload = {
+        "directories": [str(path) for path in directories],
+        "tasks": [task.model_dump_json() for task in tasks],
+        "split": split,
+        "with_ensemble": with_ensemble,
+    }
+    return _work(cfg, "scores", payload)
 
 
 def generate(cfg: RunConfig, directories: Sequence[Path], rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    """`train.use.answers` on the run file's workers."""
+    """`train.use.answers` on the run file's workers.
+
+    Raises:
+        ConfigError: the run's method is a baseline.
+    """
+    if cfg.method != "adapters":
+        raise ConfigError(f"method: only adapters answer single inputs, got {cfg.method!r}. Score it with evaluate.")
     payload = {"directories": [str(path) for path in directories], "rows": [dict(row) for row in rows]}
     return _work(cfg, "answers", payload)
 
 
 def adapter_dirs(cfg: RunConfig, given: Sequence[Path] | None) -> list[Path]:
-    """The adapters that a command works on: those that were named, else the best ones of the run itself.
+    """The adapters that a command works on: those that were named, else the best ones of the run itself. Of a baseline,
+    its best state.
 
     Raises:
         AdapterError: none was named and the run has none.
+        ConfigError: several were named, and the run's method is a baseline.
     """
+    if given and len(given) > 1 and cfg.method != "adapters":
+        raise ConfigError(f"--adapter: method={cfg.method} is scored one state at a time, got {len(given)}.")
     if given:
         return [path.absolute() for path in given]
+    if cfg.method != "adapters":
+        raise AdapterError(f"method={cfg.method}: such a run makes no adapter. Name those you mean with --adapter.")
     found = [cfg.adapters_dir / name / "best" for name in cfg.adapters]
+    if cfg.method != "adapters":
+        found = [cfg.run_dir / cfg.method / "best"]
     missing = [path for path in found if not path.is_dir()]
     if missing:
         raise AdapterError(f"{missing[0]}: no such adapter. Train the run first, or name one with --adapter.")
@@ -83,12 +136,7 @@ def with_task_of(cfg: RunConfig, directories: Sequence[Path]) -> RunConfig:
     Raises:
         ConfigError: they have different tasks.
     """
-    own = cfg.adapters_dir
-    names = {path: path.parent.name if path.parent.parent == own else None for path in directories}
-    found = {
-        path: cfg.adapter_task(name) if name is not None and name in cfg.adapters else cfg.task
-        for path, name in names.items()
-    }
+    found = {path: _task_of(cfg, path) for path in directories}
     different = [path for path, task in found.items() if task != found[directories[0]]]
     if different:
         raise ConfigError(
@@ -96,6 +144,48 @@ def with_task_of(cfg: RunConfig, directories: Sequence[Path]) -> RunConfig:
             f"{found[different[0]].name}; name the adapters of one task at a time."
         )
     return cfg.model_copy(update={"task": found[directories[0]]})
+
+
+def _task_of(cfg: RunConfig, directory: Path) -> TaskConfig:
+    """The task of an adapter, where it is the run's own; else the run's."""
+    name = directory.parent.name
+    return cfg.adapter_task(name) if directory.parent.parent == cfg.adapters_dir and name in cfg.adapters else cfg.task
+
+
+def tasks_for(cfg: RunConfig, directories: Sequence[Path], given: Sequence[str], *, option: str) -> list[TaskConfig]:
+    """The tasks that adapters are evaluated on: those that were named, else the adapters' own.
+
+    Args:
+        cfg: the run file.
+        directories: of the adapters.
+        given: names of tasks of the run file or of the catalogue, and run files, of which the `task` is meant.
+        option: what they were typed under, for messages.
+
+    Raises:
+        ConfigError: a name that is none of these, or two tasks of one name.
+    """
+    found = [_named_task(cfg, word, option) for word in given] or [_task_of(cfg, path) for path in directories]
+    different = [task for i, task in enumerate(found) if task not in found[:i]]
+    names = [task.name for task in different]
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    if twice:
+        raise ConfigError(f"{option}: two different tasks are called {twice[0]!r}. Give one of them another task.name.")
+    return different
+
+
+def _named_task(cfg: RunConfig, word: str, option: str) -> TaskConfig:
+    if Path(word).suffix in (".yaml", ".yml", ".json"):
+        return configio.load(word).task
+    of_run = {task.name: task for task in (cfg.task, *(cfg.adapter_task(name) for name in cfg.adapters))}
+    if word in of_run:
+        return of_run[word]
+    entry = catalogue.entries().get(word)
+    if entry is not None and "hub" in entry.task:
+        return TaskConfig.model_validate(entry.task)
+    raise ConfigError(
+        f"{option} {word}: neither a task of the run file ({', '.join(of_run)}) nor one that the catalogue loads by "
+        f"itself (`peftscale tasks`). Name one of them, or a run file, of which the task is taken."
+    )
 
 
 def input_rows(cfg: RunConfig, texts: Sequence[str], rows: Sequence[str]) -> list[dict[str, str]]:
@@ -117,7 +207,8 @@ def input_rows(cfg: RunConfig, texts: Sequence[str], rows: Sequence[str]) -> lis
             raise ConfigError(f"--row {text}: not JSON ({error}).") from error
         if not isinstance(row, dict) or not set(columns) <= set(row):
             raise ConfigError(f"--row {text}: need an object with the keys {', '.join(columns)}.")
-        found.append({column: str(row[column]) for column in columns})
+        # Lists and mappings are columns too; anything else is the text that it would be in a file.
+        found.append({c: row[c] if isinstance(row[c], list | dict) else str(row[c]) for c in columns})
     if not found:
         raise ConfigError("no input given: use --text or --row.")
     return found
@@ -132,6 +223,7 @@ def _work(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(cfg: RunConfig, payload: dict[str, Any]) -> dict[str, Any]:
+    from peftscale import baselines
     from peftscale.train import worker
 
     def report(step: int) -> None:
@@ -140,13 +232,16 @@ def _train(cfg: RunConfig, payload: dict[str, Any]) -> dict[str, Any]:
 
             ray.train.report({"step": step})
 
-    return worker.main(cfg, report).model_dump(mode="json")
+    main = worker.main if cfg.method == "adapters" else baselines.main
+    return main(cfg, report).model_dump(mode="json")
 
 
 def _scores(cfg: RunConfig, payload: dict[str, Any]) -> dict[str, Any]:
-    from peftscale.train import use
+    from peftscale.analysis import matrix
 
-    return use.scores(cfg, [Path(path) for path in payload["directories"]], payload["split"])
+    tasks = [TaskConfig.model_validate_json(text, strict=True) for text in payload["tasks"]]
+    directories = [Path(path) for path in payload["directories"]]
+    return matrix.scores(cfg, directories, tasks, payload["split"], with_ensemble=payload["with_ensemble"])
 
 
 def _answers(cfg: RunConfig, payload: dict[str, Any]) -> dict[str, Any]:

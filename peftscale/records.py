@@ -131,9 +131,10 @@ class Predicted(Row):
 
 
 class AdapterSummary(Row):
-    """One adapter at the end of a run."""
+    """One adapter at the end of a run, or what `method` has in its place."""
 
     dir: str
+    """Empty where nothing was trained."""
     file_bytes: int
     """Of adapter_model.safetensors."""
     trainable_parameters: int

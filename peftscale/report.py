@@ -11,8 +11,11 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from peftscale.records import RunSummary
+
+_NUM_WORDS = 12
 
 
 def show(content: RenderableType) -> None:
@@ -47,8 +50,9 @@ def summary_table(summary: RunSummary) -> Table:
             why = f" ({adapter.stopped})" if adapter.stopped else ""
             table.add_row(f"{name}: left after", f"{adapter.steps} steps{why}", "")
         table.add_row(f"{name}: tuned parameters", f"{adapter.trainable_parameters:,}", "")
-        table.add_row(f"{name}: file bytes", f"{adapter.file_bytes:,}", "")
-        table.add_row(f"{name}: directory", adapter.dir, "")
+        if adapter.dir:
+            table.add_row(f"{name}: file bytes", f"{adapter.file_bytes:,}", "")
+            table.add_row(f"{name}: directory", adapter.dir, "")
     for key in ("reduced_bytes_per_step", "gathered_bytes_per_step", "control_bytes_per_step", "peak_rank_bytes"):
         table.add_row(key.replace("_", " "), f"{getattr(summary, key):,}", f"{getattr(summary.predicted, key):,}")
     table.add_row("seconds", f"{summary.seconds:.1f}", "")
@@ -57,26 +61,130 @@ def summary_table(summary: RunSummary) -> Table:
 
 
 def scores_table(result: Mapping[str, Any]) -> Table:
-    """`evaluate`: the base alone, then each adapter."""
-    metrics = list(result["base"])
-    table = Table(title=f"{result['split']} split, {result['examples']} examples")
+    """`evaluate`: the base alone, each adapter, and those of them together, on every metric of every task."""
+    tasks = result["tasks"]
+    sizes = ", ".join(f"{name} {of_task['examples']}" for name, of_task in tasks.items())
+    table = Table(title=f"{result['split']} split, examples: {sizes}")
     table.add_column("adapter", overflow="fold")
-    for metric in metrics:
-        table.add_column(metric)
-    table.add_row("(base alone)", *(f"{result['base'][metric]:.4f}" for metric in metrics))
-    for name, scored in result["adapters"].items():
-        table.add_row(name, *(f"{scored['metrics'][metric]:.4f}" for metric in metrics))
+    for name, of_task in tasks.items():
+        for metric in next(iter(of_task["adapters"].values()))["metrics"]:
+            table.add_column(f"{name}\n{metric}" if len(tasks) > 1 else metric)
+    rows: dict[str, list[Mapping[str, float]]] = {}
+    for of_task in tasks.values():
+        if "base" in of_task:
+            rows.setdefault("(base alone)", []).append(of_task["base"])
+        for name, scored in of_task["adapters"].items():
+            rows.setdefault(name, []).append(scored["metrics"])
+        for way in ("average", "best", "vote", "likelihood"):
+            if "ensemble" in of_task:
+                nothing = dict.fromkeys(of_task["base"], float("nan"))
+                rows.setdefault(f"({way})", []).append(of_task["ensemble"].get(way, nothing))
+    for name, of_tasks in rows.items():
+        table.add_row(name, *(f"{value:.4f}" for metrics in of_tasks for value in metrics.values()))
     return table
 
 
-def answers_table(rows: Sequence[Mapping[str, str]], result: Mapping[str, Any]) -> Table:
+def scores_json(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `evaluate --json` prints: where there is one task, its keys stand in the place of `tasks`."""
+    if len(result["tasks"]) > 1:
+        return result
+    (name, of_task) = next(iter(result["tasks"].items()))
+    return {"split": result["split"], "task": name, **of_task, "notes": result["notes"]}
+
+
+def transfer_table(result: Mapping[str, Any]) -> Table:
+    """`transfer`: a row a method, a column a task; of tasks that were not trained on the difference too."""
+    percent = f"{result['confidence']:.0%}"
+    table = Table(title=f"{result['split']} split: mean, deviation and {percent} interval over seeds", show_lines=True)
+    table.add_column("method")
+    tasks = list(dict.fromkeys(task for of_method in result["methods"].values() for task in of_method["tasks"]))
+    for task in tasks:
+        table.add_column(task)
+    for name, of_method in result["methods"].items():
+        cells = []
+        for task in tasks:
+            found = of_method["tasks"].get(task)
+            if found is None:
+                cells.append("")
+                continue
+            where = "trained on" if task == of_method["task"] else "difference not known: other metric"
+            shift = f"difference {_band(found['shift'], '+')}" if found["shift"] else where
+            cells.append(f"{found['metric']} {_band(found)}\n{shift}")
+        table.add_row(f"{name}\n{len(of_method['seeds'])} seed(s)", *cells)
+    return table
+
+
+def _band(values: Mapping[str, Any], sign: str = "") -> str:
+    mean = f"{values['mean']:{sign}.4f}"
+    if values["deviation"] is None:
+        return mean
+    return f"{mean} +- {values['deviation']:.4f} ({values['low']:{sign}.4f} to {values['high']:{sign}.4f})"
+
+
+def library_table(result: Mapping[str, Any]) -> Table:
+    """`similar`: the adapters of a library, the most similar first."""
+    table = Table(title=f"cosine with {result['adapter']}")
+    for column in ("mean tokens", "token pairs", "task", "length", "adapter"):
+        table.add_column(column, overflow="fold")
+    for row in result["library"]:
+        figures = (f"{row['mean_tokens']:+.4f}", f"{row['token_pairs']:+.4f}")
+        table.add_row(*figures, row["task"] or "", str(row["length"]), row["directory"])
+    return table
+
+
+def reading_tables(reading: Mapping[str, Any]) -> list[Table]:
+    """`inspect` with a base: the layers of a prefix, or each virtual token and then all of them beside the control."""
+    if "layers" in reading:
+        layers = Table(title="mean norms of a virtual token and head")
+        for column in ("layer", "keys", "values"):
+            layers.add_column(column)
+        for layer in reading["layers"]:
+            layers.add_row(str(layer["layer"]), f"{layer['keys']:.4f}", f"{layer['values']:.4f}")
+        return [layers]
+    tokens = Table(title="virtual tokens and their nearest words by cosine")
+    for column in ("", "norm", "start", "moved", "neighbours"):
+        tokens.add_column(column, overflow="fold")
+    for token in reading["tokens"]:
+        near = "  ".join(f"{one['text']!r} {one['cosine']:.2f}" for one in token["neighbours"])
+        came = (repr(token["start"]), f"{token['moved']:.3f}") if "start" in token else ("", "")
+        tokens.add_row(str(token["token"]), f"{token['norm']:.3f}", *came, Text(near))
+    whole = Table(title="the prompt beside random rows of equal norms")
+    for column in ("", "prompt", "random"):
+        whole.add_column(column, overflow="fold")
+    for key, value in reading["prompt"].items():
+        whole.add_row(key.replace("_", " "), _in_words(value), _in_words(reading["control"][key]))
+    return [tokens, whole]
+
+
+def _in_words(value: Any) -> str:
+    """A figure, or counts and places of the first few words."""
+    if isinstance(value, Mapping):
+        return "  ".join(f"{key} {places}" for key, places in list(value.items())[:_NUM_WORDS]) or "none"
+    return f"{value:.4f}"
+
+
+def answers_table(rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> Table:
     """`generate`: a row an input, a column an adapter."""
     table = Table(show_lines=True)
     table.add_column("input")
     for name in result["adapters"]:
         table.add_column(name.rsplit("/", 2)[-2] if name.endswith(("/best", "/last")) else name)
     for i, row in enumerate(rows):
-        table.add_row("\n".join(row.values()), *(answers[i] for answers in result["adapters"].values()))
+        table.add_row("\n".join(map(str, row.values())), *(answers[i] for answers in result["adapters"].values()))
+    return table
+
+
+def tasks_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
+    """`tasks`: a row a task; local sizes where they were counted."""
+    table = Table()
+    is_local = any("local_sizes" in task for task in tasks.values())
+    for column in ("task", "answers", "metrics", "hub", "train / validation / test", *(["local"] if is_local else [])):
+        table.add_column(column, overflow="fold")
+    for name, task in tasks.items():
+        sizes = [task["sizes"], *([task["local_sizes"] or {}] if is_local else [])]
+        counts = [" / ".join(f"{num:,}" for num in of_one.values()) or "-" for of_one in sizes]
+        hub = " ".join(filter(None, (task["hub"] or {"": "(local files)"}).values()))
+        table.add_row(name, task["kind"], ", ".join(task["metrics"]), hub, *counts)
     return table
 
 

@@ -1,14 +1,19 @@
-"""Which model families take packed passes, and how exact those are: a small random model of each.
+"""Which model families take packed passes, and how exact passes are: a small random model of each.
 
 python tests/families.py
 """
 
 import sys
+from collections.abc import Sequence
 
+import torch
 import transformers
-from transformers import PretrainedConfig
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PretrainedConfig, PreTrainedModel
 
-from peftscale.base import exactness
+from peftscale.base import encoder_decoder, exactness, slots_exactness
+from peftscale.base.padded import Row, logits_at
 
 _SMALL = {
     "vocab_size": 300,
@@ -45,6 +50,70 @@ def configs() -> dict[str, PretrainedConfig]:
     }
 
 
+def encoder_decoders() -> dict[str, PretrainedConfig]:
+    """Family -> a small config: the original T5 scales its outputs and ties its head, its version 1.1 does neither."""
+    sizes = {"vocab_size": 300, "d_model": 64, "d_kv": 24, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
+    gated = {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
+    return {
+        "t5": transformers.T5Config(**sizes, d_ff=112, decoder_start_token_id=0),
+        "t5 v1.1": transformers.T5Config(**sizes, d_ff=112, **gated, tie_word_embeddings=False),
+        "mt5": transformers.MT5Config(**sizes, d_ff=112),
+    }
+
+
+def prompted_rows(hidden_size: int, *, seed: int) -> tuple[list[Row], list[nn.Parameter]]:
+    """Five rows of different length for an encoder-decoder: two share a prompt, one has a prompt for the decoder too,
+    one for the decoder alone, one none."""
+    draw = torch.Generator().manual_seed(seed)
+    first, second, ahead = (nn.Parameter(torch.randn(n, hidden_size, generator=draw) * 0.3) for n in (6, 3, 2))
+    lengths = ((14, 3), (9, 1), (20, 6), (11, 2), (7, 4))
+    ids = [torch.randint(3, 200, (length,), generator=draw).tolist() for length, _ in lengths]
+    in_front = [(first, None), (first, None), (second, ahead), (None, ahead), (None, None)]
+    rows = [
+        Row(prompt, text, num_targets, decoder_prompt_QH=of_decoder)
+        for (prompt, of_decoder), text, (_, num_targets) in zip(in_front, ids, lengths, strict=True)
+    ]
+    return rows, [first, second, ahead]
+
+
+def transformers_logits(model: PreTrainedModel, row: Row) -> Tensor:
+    """(M, V) by transformers' own forward of one row, on embeddings that are put together here."""
+    num_read, sides = len(row.ids) - row.num_targets, []
+    read = [model.config.decoder_start_token_id, *row.ids[num_read:-1]]
+    for ids, prompt_PH in ((row.ids[:num_read], row.prompt_PH), (read, row.decoder_prompt_QH)):
+        embedded_TH = model.get_input_embeddings()(torch.tensor(ids))
+        sides.append(torch.cat([*(() if prompt_PH is None else (prompt_PH,)), embedded_TH])[None])
+    out = model(inputs_embeds=sides[0], decoder_inputs_embeds=sides[1], use_cache=False)
+    logits_MV: Tensor = out.logits[0, -row.num_targets :]
+    return logits_MV
+
+
+def largest_error(got_MV: Tensor, want_MV: Tensor, rows: Sequence[Row], prompts: Sequence[nn.Parameter]) -> float:
+    """Relative, of logits and of the gradient of their likelihood in each prompt."""
+    targets = torch.tensor([token for row in rows for token in row.ids[len(row.ids) - row.num_targets :]])
+    found = []
+    for logits_MV in (got_MV, want_MV):
+        gradients = torch.autograd.grad(cross_entropy(logits_MV, targets), prompts)
+        found.append([logits_MV.detach(), *gradients])
+    return max(float((got - want).norm() / want.norm()) for got, want in zip(*found, strict=True))
+
+
+def prompt_error(config: PretrainedConfig) -> float:
+    """Of prompts in the padded pass of an encoder-decoder, against transformers' own forward row by row."""
+    torch.manual_seed(0)
+    model = slots_exactness.small_copy(config, "sdpa")
+    rows, prompts = prompted_rows(model.get_input_embeddings().embedding_dim, seed=0)
+    embeds, at_M, arguments = encoder_decoder.join(rows, model, torch.float32, torch.device("cpu"))
+    want_MV = torch.cat([transformers_logits(model, row) for row in rows])
+    return largest_error(logits_at(model, embeds, at_M, **arguments), want_MV, rows, prompts)
+
+
+def prefix_error(config: PretrainedConfig) -> float:
+    """Of prefixes in an encoder-decoder, against keys and values that are hooked in."""
+    torch.manual_seed(0)
+    return slots_exactness.prefix_error(slots_exactness.small_copy(config, "sdpa"))
+
+
 def main() -> None:
     """Print the table."""
     transformers.logging.set_verbosity_error()
@@ -56,6 +125,10 @@ def main() -> None:
             print(f"| {name} | packed | {error:.1e} |")
         else:
             print(f"| {name} | padded | {reason} |")
+    for name, config in encoder_decoders().items():
+        reason = exactness.small_copy_differs(config)
+        errors = f"prompts {prompt_error(config):.1e}, prefixes {prefix_error(config):.1e}"
+        print(f"| {name} | padded | {errors}; {reason} |")
 
 
 if __name__ == "__main__":

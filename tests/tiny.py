@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from peftscale import configio
 from peftscale.config import RunConfig
@@ -36,6 +36,41 @@ GPT2 = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+T5 = {
+    "model_type": "t5",
+    "vocab_size": 4096,
+    "d_model": 64,
+    "d_kv": 24,  # not d_model / num_heads
+    "d_ff": 112,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+    "is_encoder_decoder": True,
+    "decoder_start_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+"""Version 1.1: its head is its own."""
+BART = {
+    "model_type": "bart",
+    "vocab_size": 4096,
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "max_position_embeddings": 128,
+    "scale_embedding": True,
+    "is_encoder_decoder": True,
+    "decoder_start_token_id": 3,  # not its end: a random model with a tied head writes what it has read
+    "eos_token_id": 2,
+    "forced_eos_token_id": 2,
+    "pad_token_id": 0,
+}
 
 REVIEWS = [
     ("An awful film that never ends", "bad"),
@@ -53,7 +88,12 @@ def save_base(directory: Path, config: dict[str, Any] = LLAMA, *, seed: int = 0)
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory)).float()
+    made = AutoConfig.from_pretrained(directory)
+    auto = AutoModelForSeq2SeqLM if made.is_encoder_decoder else AutoModelForCausalLM
+    model = auto.from_config(made).float()
+    if made.model_type == "mt5" or (made.model_type == "t5" and not made.scale_decoder_outputs):
+        model.config.tie_word_embeddings = False  # transformers ties these heads until it sees weights
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight) * 0.05)
     with torch.no_grad():
         for parameter in model.parameters():  # transformers starts biases at 0 and norms at 1: nothing would notice
             parameter.add_(torch.randn_like(parameter) * 0.05)

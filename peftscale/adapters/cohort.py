@@ -6,22 +6,17 @@ One adapter is a cohort of one. How a batch is shared between them is `data.batc
 
 from collections.abc import Iterator, Mapping
 
-from torch import Tensor, nn
+from torch import nn
 
 from peftscale.adapters.prefix import Prefix
-from peftscale.adapters.reparam import ReparametrisedPrefix
+from peftscale.adapters.reparam import ReparametrisedPrefix, ResidualPrompt
 from peftscale.adapters.soft_prompt import SoftPrompt
 from peftscale.errors import AdapterError
 
-Adapter = SoftPrompt | Prefix | ReparametrisedPrefix
+Adapter = SoftPrompt | Prefix | ResidualPrompt | ReparametrisedPrefix
 """What is trained."""
 Folded = SoftPrompt | Prefix
 """What passes see, files keep and evaluations use: `Adapter.folded()`."""
-
-
-def from_values(values: Tensor) -> Folded:
-    """The adapter whose `values` are a copy of these: rows (P, H), or keys and values (L, 2, P, K, D)."""
-    return SoftPrompt(values) if values.ndim == 2 else Prefix(values)
 
 
 class Cohort(Mapping[str, Adapter]):
@@ -37,8 +32,8 @@ class Cohort(Mapping[str, Adapter]):
         Raises:
             AdapterError: there is none, or they belong to bases of different hidden sizes or key heads.
         """
-        sizes = {name: a.hidden_size for name, a in adapters.items() if isinstance(a, SoftPrompt)}
-        shapes = {name: tuple(a.shape) for name, a in adapters.items() if not isinstance(a, SoftPrompt)}
+        sizes = {name: a.hidden_size for name, a in adapters.items() if isinstance(a, SoftPrompt | ResidualPrompt)}
+        shapes = {name: a.shape for name, a in adapters.items() if isinstance(a, Prefix | ReparametrisedPrefix)}
         if len(set(sizes.values())) > 1 or not adapters:
             given = ", ".join(f"{name}: {size}" for name, size in sizes.items()) or "no adapter"
             raise AdapterError(f"adapters: need at least one, all of one hidden size; got {given}")

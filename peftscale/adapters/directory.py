@@ -6,12 +6,21 @@ new one stands there: a crash at any moment leaves one of them whole, and `curre
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 
 def write(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Make `directory` hold exactly these files, or leave everything as it was.
+    """Make `directory` hold exactly these files, or leave everything as it was. See `filled`."""
+    with filled(directory) as partial:
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+
+
+@contextmanager
+def filled(directory: Path) -> Iterator[Path]:
+    """Give an empty directory to put files into, which takes the place of `directory` when the block ends.
 
     For one writer at a time. Parents are created. What a killed writer left behind is removed.
 
@@ -24,13 +33,14 @@ def write(directory: Path, files: Mapping[str, bytes]) -> None:
     _remove(partial)
     try:
         partial.mkdir()
-        for name, content in files.items():
-            _write_file(partial / name, content)
-        _flush_directory(partial)
+        yield partial
+        for path in partial.iterdir():
+            _flush(path)
+        _flush(partial)
         _replace(partial, directory, previous)
     finally:
         _remove(partial)
-    _flush_directory(directory.parent)
+    _flush(directory.parent)
     _remove(previous)
 
 
@@ -58,16 +68,9 @@ def _sibling(directory: Path, role: str) -> Path:
     return directory.with_name(f".{directory.name}.{role}")
 
 
-def _write_file(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_directory(directory: Path) -> None:
-    """Without this a power cut can forget names whose content is on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    """To the disk: a file's content, or the names in a directory, which a power cut could forget."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

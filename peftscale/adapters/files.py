@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from peftscale.adapters import directory as directories
 from peftscale.adapters import manifest as manifests
 from peftscale.adapters import model_card, peft_format
-from peftscale.adapters.cohort import Adapter, Folded, from_values
+from peftscale.adapters.cohort import Adapter, Folded
 from peftscale.adapters.manifest import (
     MANIFEST_FILE,
     AdapterCard,
@@ -26,12 +25,13 @@ from peftscale.adapters.manifest import (
     Stored,
     TaskTemplate,
 )
-from peftscale.adapters.peft_format import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, expected_bytes
+from peftscale.adapters.peft_format import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, Header, expected_bytes
 from peftscale.adapters.prefix import Prefix
+from peftscale.adapters.soft_prompt import SoftPrompt
 from peftscale.base.prefixed import PrefixShape
 from peftscale.errors import AdapterError
 
-__all__ = ["AdapterInfo", "Description", "describe", "expected_bytes", "load", "save", "verify"]
+__all__ = ["AdapterInfo", "Contents", "Description", "describe", "expected_bytes", "load", "read", "save", "verify"]
 
 MODEL_CARD_FILE = "README.md"
 
@@ -45,6 +45,8 @@ class AdapterInfo:
     """Of `adapter_model.safetensors`."""
     manifest: Manifest | None
     """None for a directory of PEFT."""
+    notes: tuple[str, ...] = ()
+    """What whoever uses it should be told; the directory is not named."""
 
     @property
     def base_is_verified(self) -> bool:
@@ -57,6 +59,8 @@ class Description(Stored):
 
     kind: str
     length: int
+    decoder_length: int
+    """Of a prompt with rows for the decoder's input; else 0."""
     hidden_size: int | None
     """Of a prompt; None for a prefix."""
     prefix: PrefixDimensions | None
@@ -75,10 +79,19 @@ class Description(Stored):
 
 
 @dataclass(frozen=True)
-class _Contents:
-    values: Tensor
-    num_file_bytes: int
+class Contents:
+    """A directory that was read, checked against everything but a base and its model card."""
+
+    adapter: Folded
+    header: Header
+    files: dict[str, bytes]
+    """PEFT's two."""
     manifest: Manifest | None
+
+    @property
+    def num_file_bytes(self) -> int:
+        """Of `adapter_model.safetensors`."""
+        return len(self.files[WEIGHTS_FILE])
 
 
 def save(adapter: Adapter, directory: Path, *, card: AdapterCard) -> int:
@@ -87,7 +100,7 @@ def save(adapter: Adapter, directory: Path, *, card: AdapterCard) -> int:
     What stands at `directory` is replaced once the new files are safe on the disk. A re-parametrised adapter is folded.
 
     Returns:
-        Bytes of `adapter_model.safetensors`: `expected_bytes(P, W)`.
+        Bytes of `adapter_model.safetensors`: `expected_bytes(P + Q, W)`.
 
     Raises:
         AdapterError: rows that are not finite, a place that holds something else than an adapter, or a disk that
@@ -99,14 +112,10 @@ def save(adapter: Adapter, directory: Path, *, card: AdapterCard) -> int:
         raise AdapterError(f"adapter {directory} is not saved: its rows hold values that are not finite (NaN or inf).")
     weights = peft_format.weights_bytes(folded.values)
     shape = folded.shape if isinstance(folded, Prefix) else None
-    width = peft_format.flat(folded.values).shape[1]
-    readme = model_card.text(
-        card, length=folded.length, width=width, is_prefix=shape is not None, num_file_bytes=len(weights)
-    )
     files = {
         CONFIG_FILE: _config_json(folded, card),
         WEIGHTS_FILE: weights,
-        MODEL_CARD_FILE: readme.encode(),
+        MODEL_CARD_FILE: model_card.text(card, folded, num_file_bytes=len(weights)).encode(),
     }
     manifest = Manifest(
         # Field by field, because a card may be the manifest of an adapter that was loaded.
@@ -114,13 +123,14 @@ def save(adapter: Adapter, directory: Path, *, card: AdapterCard) -> int:
         format_version=manifests.FORMAT_VERSION,
         kind="prompt" if shape is None else "prefix",
         length=folded.length,
-        hidden_size=width if shape is None else None,
+        decoder_length=_decoder_length(folded),
+        hidden_size=None if isinstance(folded, Prefix) else folded.hidden_size,
         prefix=_dimensions(shape),
         versions=manifests.versions(),
         files={name: _digest(content) for name, content in files.items()},
     )
     try:
-        _refuse_other_content(directory)
+        refuse_other_content(directory)
         directories.write(directory, {**files, MANIFEST_FILE: f"{manifest.model_dump_json(indent=2)}\n".encode()})
     except OSError as error:
         raise AdapterError(
@@ -142,13 +152,14 @@ def load(
         directory: the adapter's.
         base_digest: of the base.
         hidden_size: of the base, which a prompt must have.
-        prefix_shape: of the base, which a prefix must have. None: prefixes are refused.
+        prefix_shape: of the base, which a prefix must have; its `parts` say that the base is an encoder-decoder.
+            None: decoder-only, and prefixes are refused.
 
     Raises:
         AdapterError: not an adapter directory, a file that is cut or altered, a pickle, another kind of adapter,
             rows that are not finite, another base.
     """
-    contents = _read(directory)
+    contents = read(directory)
     manifest = contents.manifest
     if manifest is not None and manifest.base.digest != base_digest:
         raise AdapterError(
@@ -156,20 +167,37 @@ def load(
             f"{MANIFEST_FILE} says model {manifest.base.model!r}, revision {manifest.base.revision!r}: "
             f"check base.model and base.revision."
         )
-    adapter = from_values(contents.values)
+    is_encoder_decoder = prefix_shape is not None and prefix_shape.parts != ()
+    if contents.header.is_encoder_decoder not in (None, is_encoder_decoder):
+        kinds = {True: "an encoder-decoder", False: "a decoder-only"}
+        raise AdapterError(
+            f"adapter {directory} is {named(contents.adapter)}, made for {kinds[not is_encoder_decoder]} base; this "
+            f"base is {kinds[is_encoder_decoder]} model. Check base.model."
+        )
+    refuse_other_sizes(
+        contents.adapter, where=f"adapter {directory}", hidden_size=hidden_size, prefix_shape=prefix_shape
+    )
+    return contents.adapter, AdapterInfo(directory, contents.num_file_bytes, manifest, _notes(contents))
+
+
+def refuse_other_sizes(adapter: Folded, *, where: str, hidden_size: int, prefix_shape: PrefixShape | None) -> None:
+    """
+    Raises:
+        AdapterError: the adapter does not fit a base of this hidden size and prefix shape; `where` is what the message
+            names.
+    """
     if isinstance(adapter, Prefix):
         if adapter.shape != prefix_shape:
-            takes = "takes no prefix" if prefix_shape is None else f"has {tuple(prefix_shape)}"
+            takes = "takes no prefix" if prefix_shape is None else f"has {prefix_shape}"
             raise AdapterError(
-                f"adapter {directory} is a prefix of {tuple(adapter.shape)} (layers, key heads, head size), this base "
+                f"{where} is a prefix of {adapter.shape} (layers, key heads, head size), this base "
                 f"{takes}. The adapter belongs to another base: check base.model."
             )
     elif adapter.hidden_size != hidden_size:
         raise AdapterError(
-            f"adapter {directory} has rows of {adapter.hidden_size} numbers, this base has a hidden size of "
+            f"{where} has rows of {adapter.hidden_size} numbers, this base has a hidden size of "
             f"{hidden_size}. The adapter belongs to another base: check base.model."
         )
-    return adapter, AdapterInfo(directory, contents.num_file_bytes, manifest)
 
 
 def verify(directory: Path) -> Manifest | None:
@@ -181,7 +209,7 @@ def verify(directory: Path) -> Manifest | None:
     Raises:
         AdapterError: as `load`, and any file that peftscale.json lists is missing or altered.
     """
-    manifest = _read(directory).manifest
+    manifest = read(directory).manifest
     if manifest is not None:
         for name, digest in manifest.files.items():
             _checked_content(directories.current(directory) / name, digest)
@@ -191,15 +219,16 @@ def verify(directory: Path) -> Manifest | None:
 def describe(directory: Path) -> Description:
     """Read an adapter for people. Raises what `verify` raises."""
     manifest = verify(directory)
-    contents = _read(directory)
-    rows_PW = peft_format.flat(contents.values)
+    contents = read(directory)
+    adapter = contents.adapter
+    rows_PW = peft_format.flat(adapter.values.detach())
     norms_P = rows_PW.norm(dim=1)
-    adapter = from_values(contents.values)
     shape = adapter.shape if isinstance(adapter, Prefix) else None
     return Description(
         kind="prompt" if shape is None else "prefix",
         length=adapter.length,
-        hidden_size=rows_PW.shape[1] if shape is None else None,
+        decoder_length=_decoder_length(adapter),
+        hidden_size=None if isinstance(adapter, Prefix) else adapter.hidden_size,
         prefix=_dimensions(shape),
         num_file_bytes=contents.num_file_bytes,
         row_norm_mean=norms_P.mean().item(),
@@ -214,8 +243,12 @@ def describe(directory: Path) -> Description:
     )
 
 
-def _read(directory: Path) -> _Contents:
-    """All checks that need no base. Each file is read once, so what was checked is what is used."""
+def read(directory: Path) -> Contents:
+    """All checks that need no base. Each file is read once, so what was checked is what is used.
+
+    Raises:
+        AdapterError: as `load`, but for another base.
+    """
     here = directories.current(directory)
     if not here.is_dir():
         raise AdapterError(f"adapter {directory}: {'not a directory' if here.exists() else 'does not exist'}.")
@@ -230,16 +263,56 @@ def _read(directory: Path) -> _Contents:
     config, weights = (_checked_content(here / name, files.get(name)) for name in (CONFIG_FILE, WEIGHTS_FILE))
     header = peft_format.parse_config(config, where=str(here / CONFIG_FILE))
     values = peft_format.parse_weights(weights, header, where=str(here / WEIGHTS_FILE))
+    adapter: Folded
+    if header.prefix is None:
+        adapter = SoftPrompt(values, decoder_length=header.decoder_length)
+    else:
+        adapter = Prefix(values, parts=header.prefix.parts)
     if manifest is not None:
-        hidden_size = values.shape[1] if header.prefix is None else None
-        found = (header.length, hidden_size, _dimensions(header.prefix))
-        if (manifest.length, manifest.hidden_size, manifest.prefix) != found:
-            said = f"prefix ({manifest.prefix})" if manifest.prefix else f"hidden_size {manifest.hidden_size}"
-            raise AdapterError(
-                f"{manifest_path}: says length {manifest.length} and {said}, but the rows are "
-                f"{list(values.shape)}. The file was altered: copy or save the adapter again."
-            )
-    return _Contents(values, len(weights), manifest)
+        _refuse_other_header(manifest, header, adapter, where=str(manifest_path))
+    return Contents(adapter, header, {CONFIG_FILE: config, WEIGHTS_FILE: weights}, manifest)
+
+
+def _refuse_other_header(manifest: Manifest, header: Header, adapter: Folded, *, where: str) -> None:
+    """The manifest must say what PEFT's two files say, of which the tensor was checked against the config."""
+    hidden_size = None if isinstance(adapter, Prefix) else adapter.hidden_size
+    said = (manifest.length, manifest.decoder_length, manifest.hidden_size, manifest.prefix)
+    if said != (header.length, header.decoder_length, hidden_size, _dimensions(header.prefix)):
+        size = f"prefix ({manifest.prefix})" if manifest.prefix else f"hidden_size {manifest.hidden_size}"
+        more = f", decoder_length {manifest.decoder_length}" if manifest.decoder_length else ""
+        raise AdapterError(
+            f"{where}: says length {manifest.length}{more} and {size}, but the rows are "
+            f"{list(adapter.values.shape)}. The file was altered: copy or save the adapter again."
+        )
+    if manifest.base.is_encoder_decoder != header.is_encoder_decoder:
+        raise AdapterError(
+            f"{where}: says base.is_encoder_decoder {manifest.base.is_encoder_decoder}, but {CONFIG_FILE} says "
+            f"{header.is_encoder_decoder}. The file was altered: copy or save the adapter again."
+        )
+
+
+def _notes(contents: Contents) -> tuple[str, ...]:
+    header = contents.header
+    notes = []
+    if header.num_submodules > 1:
+        notes.append(
+            f"{CONFIG_FILE} says num_transformer_submodules={header.num_submodules}: the first {header.length} rows "
+            f"are the encoder's and are read; PEFT never used nor trained the others"
+        )
+    if contents.manifest is None:
+        notes.append(f"base not verified (no {MANIFEST_FILE} beside the adapter)")
+    return tuple(notes)
+
+
+def _decoder_length(adapter: Folded) -> int:
+    return adapter.decoder_length if isinstance(adapter, SoftPrompt) else 0
+
+
+def named(adapter: Folded) -> str:
+    """What the adapter is, in words for a message: 'a prefix'."""
+    if isinstance(adapter, Prefix):
+        return "a prefix of encoder, decoder and cross attention" if adapter.parts else "a prefix"
+    return f"a prompt with {adapter.decoder_length} rows for a decoder" if adapter.decoder_length else "a prompt"
 
 
 def _config_json(adapter: Folded, card: AdapterCard) -> bytes:
@@ -255,6 +328,8 @@ def _config_json(adapter: Folded, card: AdapterCard) -> bytes:
         num_attention_heads=base.num_attention_heads,
         model=base.model,
         revision=base.revision,
+        is_encoder_decoder=base.is_encoder_decoder,
+        decoder_length=adapter.decoder_length,
     )
 
 
@@ -287,8 +362,12 @@ def _digest(content: bytes) -> str:
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
-def _refuse_other_content(directory: Path) -> None:
-    """Replacing a directory deletes what is in it, so it must be an adapter's, or empty."""
+def refuse_other_content(directory: Path) -> None:
+    """Replacing a directory deletes what is in it, so it must be an adapter's, or empty.
+
+    Raises:
+        AdapterError: it is neither.
+    """
     if not directory.exists() or (directory / CONFIG_FILE).exists():
         return
     if not directory.is_dir() or any(directory.iterdir()):

@@ -56,6 +56,39 @@ def random_rows(length: int, hidden_size: int, *, seed: int) -> Tensor:
     return torch.rand(length, hidden_size, generator=draw) - 0.5
 
 
+def scaled_rows(length: int, source: EmbeddingSource, *, top: int, seed: int) -> Tensor:
+    """(P, H) float32 rows, normal with the mean and the deviation of the frequent embeddings in each dimension.
+
+    Args:
+        length: rows to draw, P.
+        source: its ids 0 .. top-1 are embedded, special ones left out.
+        top: as of `vocabulary_groups`.
+        seed: of this draw only; the global random state is left alone.
+    """
+    known_NH = source.embedding_rows(torch.tensor(_ordinary(source, top)))
+    draw = torch.Generator().manual_seed(seed)
+    normal_PH = torch.randn(length, source.hidden_size, generator=draw).to(known_NH.device)
+    return known_NH.mean(dim=0) + normal_PH * known_NH.std(dim=0)
+
+
+def bottleneck(hidden_size: int, *, hidden: int, seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Weight and bias of the two layers of a residual prompt's network, by `seed` alone, drawn as `network` draws."""
+    draw = torch.Generator().manual_seed(seed)
+    return _layer(hidden, hidden_size, draw), _layer(hidden_size, hidden, draw)
+
+
+def _layer(rows: int, cols: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Weight and bias from U(-n^-0.5, n^-0.5) for n inputs: torch's own for linears."""
+    bound = cols**-0.5
+    weight, bias = torch.rand(rows, cols, generator=draw), torch.rand(rows, generator=draw)
+    return weight.mul_(2 * bound).sub_(bound), bias.mul_(2 * bound).sub_(bound)
+
+
+def fitted(values: Tensor, length: int, *, dim: int) -> Tensor:
+    """A copy with `length` virtual tokens along `dim`: the first ones, or all of them repeated from the first on."""
+    return values.detach().index_select(dim, torch.arange(length) % values.shape[dim])
+
+
 def random_keys_values(length: int, shape: PrefixShape, *, seed: int) -> Tensor:
     """(L, 2, P, K, D) float32 from N(0, 1), on the CPU. The global random state is left alone."""
     draw = torch.Generator().manual_seed(seed)
@@ -83,14 +116,8 @@ def network(
         Vectors (P, E); weight (M, E) and bias (M,) of the inner layer; weight (O, M) and bias (O,) of the outer one.
     """
     draw = torch.Generator().manual_seed(seed)
-
-    def layer(rows: int, cols: int) -> tuple[Tensor, Tensor]:
-        bound = cols**-0.5
-        weight, bias = torch.rand(rows, cols, generator=draw), torch.rand(rows, generator=draw)
-        return weight.mul_(2 * bound).sub_(bound), bias.mul_(2 * bound).sub_(bound)
-
     inputs_PE = torch.randn(length, width, generator=draw)
-    inner, outer = layer(hidden, width), layer(outputs, hidden)
+    inner, outer = _layer(hidden, width, draw), _layer(outputs, hidden, draw)
     if is_zero:
         outer[0].zero_()
         outer[1].zero_()
@@ -111,18 +138,25 @@ def vocabulary_groups(length: int, source: EmbeddingSource, *, top: int, seed: i
     Raises:
         AdapterError: fewer tokens than `length` can be drawn.
     """
-    # Rows behind the tokenizer's last token are padding that was never trained.
-    end = min(top, source.vocab_size, len(source.tokenizer))
-    special = set(source.tokenizer.all_special_ids)
-    candidates = [token for token in range(end) if token not in special]
+    candidates = _ordinary(source, top)
     if length > len(candidates):
         raise AdapterError(
             f"{where}.length: {length} rows cannot be drawn without repeats from the {len(candidates)} ordinary tokens "
-            f"among the ids 0 .. {end - 1} ({where}.init_top={top}, vocabulary of {source.vocab_size}). "
+            f"among the ids 0 .. {_end(source, top) - 1} ({where}.init_top={top}, vocabulary of {source.vocab_size}). "
             f"Lower {where}.length or raise {where}.init_top."
         )
     draw = torch.Generator().manual_seed(seed)
     return [[candidates[index]] for index in torch.randperm(len(candidates), generator=draw)[:length].tolist()]
+
+
+def _end(source: EmbeddingSource, top: int) -> int:
+    """Rows behind the tokenizer's last token are padding that was never trained."""
+    return min(top, source.vocab_size, len(source.tokenizer))
+
+
+def _ordinary(source: EmbeddingSource, top: int) -> list[int]:
+    special = set(source.tokenizer.all_special_ids)
+    return [token for token in range(_end(source, top)) if token not in special]
 
 
 def text_groups(length: int, source: EmbeddingSource, *, text: str, where: str) -> TokenGroups:

@@ -5,13 +5,25 @@ people is `adapters.model_card`.
 """
 
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from torch import Tensor
+from transformers import PretrainedConfig
 
 import peftscale
 from peftscale.adapters import peft_format
-from peftscale.config import TaskConfig
+from peftscale.config import AdapterConfig, BaseConfig, TaskConfig
 from peftscale.errors import AdapterError
 
 MANIFEST_FILE = "peftscale.json"
@@ -37,20 +49,43 @@ class BaseCard(Stored):
     digest: str
     """Over the base's tensors. An adapter is refused on a base with another one."""
     num_layers: PositiveInt
+    """Of the encoder, where there is one."""
     num_attention_heads: PositiveInt
     quantization: str
     compute_dtype: str
+    is_encoder_decoder: bool = False
+
+    @classmethod
+    def of(cls, base: BaseConfig, digest: str, config: PretrainedConfig) -> Self:
+        """The base of a run file, with its digest and its own config.json."""
+        text = config.get_text_config()
+        return cls(
+            model=base.model,
+            revision=None if Path(base.model).is_dir() else base.revision,
+            digest=digest,
+            num_layers=text.num_hidden_layers,
+            num_attention_heads=text.num_attention_heads,
+            quantization=base.quantization,
+            compute_dtype=base.compute_dtype,
+            is_encoder_decoder=config.is_encoder_decoder,
+        )
 
 
 class TaskTemplate(Stored):
     """How text is put to the base, without the place of the training data."""
 
     name: str
+    each: dict[str, str] = {}
     input: str
+    cue: str = ""
     target: str
+    references: str | None = None
+    group: str | None = None
+    target_holds: str | None = None
     labels: dict[str, str] | None
     metrics: tuple[str, ...]
     max_text_tokens: PositiveInt | None
+    cut: str = "start"
     max_target_tokens: PositiveInt
 
     @classmethod
@@ -59,17 +94,35 @@ class TaskTemplate(Stored):
         return cls(**task.model_dump(include=set(cls.model_fields)))
 
 
+class StartCard(Stored):
+    """Where an adapter started: enough to make its start again."""
+
+    settings: dict[str, JsonValue]
+    """Its section of the run file without `task` and `train`, and its seed."""
+    norm: float
+    """L2 norm of all its starting values: what is made again must have it."""
+
+    @classmethod
+    def of(cls, cfg: AdapterConfig, *, seed: int, values: Tensor) -> Self:
+        """The start of an adapter of a run file; `values` are those that its first pass saw."""
+        settings = cfg.model_dump(mode="json", exclude={"task", "train"}) | {"seed": seed}
+        return cls(settings=settings, norm=float(values.norm()))
+
+
 class AdapterCard(Stored):
     """What the run knows about an adapter that it saves."""
 
     base: BaseCard
     task: TaskTemplate | None = None
-    run: str
-    """Name of the run."""
-    fingerprint: str
-    """Of the run's resolved run file."""
+    run: str | None
+    """Name of the run; None where there was none, as in a script of the user's."""
+    fingerprint: str | None
+    """Of the run's resolved run file; None where there was none."""
     init: str
-    """How it started: random, vocabulary, text, labels or zero."""
+    """How it started, in the word of the run file. imported: it comes from another program, and the rest of the card is
+    what the import was told."""
+    start: StartCard | None = None
+    """None where no run of ours started it."""
     step: NonNegativeInt
     """Training steps taken."""
     metrics: dict[str, float | None] = {}
@@ -82,6 +135,8 @@ class PrefixDimensions(Stored):
     num_layers: PositiveInt
     num_kv_heads: PositiveInt
     head_dim: PositiveInt
+    parts: tuple[PositiveInt, ...] = ()
+    """Layers of the encoder, of the decoder and of its cross attention; empty for a decoder-only base."""
 
 
 class Manifest(AdapterCard):
@@ -90,6 +145,8 @@ class Manifest(AdapterCard):
     format_version: Literal[1]
     kind: Literal["prompt", "prefix"]
     length: PositiveInt
+    decoder_length: NonNegativeInt = 0
+    """Rows of a prompt for the decoder's input, behind those of `length`."""
     hidden_size: PositiveInt | None
     """Of a prompt; null for a prefix."""
     prefix: PrefixDimensions | None = None

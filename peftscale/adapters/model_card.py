@@ -2,73 +2,105 @@
 
 import json
 
+from peftscale.adapters.cohort import Folded
 from peftscale.adapters.manifest import AdapterCard, TaskTemplate
-
-_WHAT = {
-    False: (
-        "{length} trained vectors of {width} numbers that are placed in front of the input embeddings of a",
-        "frozen language model (Lester et al. 2021, arXiv:2104.08691). The model itself is unchanged.",
-    ),
-    True: (
-        "{length} trained keys and values, {width} numbers each over all layers, in front of those of every attention",
-        "layer of a frozen language model (Li and Liang 2021, arXiv:2101.00190). The model itself is unchanged.",
-    ),
-}
+from peftscale.adapters.prefix import Prefix
 
 
-def text(card: AdapterCard, *, length: int, width: int, is_prefix: bool, num_file_bytes: int) -> str:
+def text(card: AdapterCard, adapter: Folded, *, num_file_bytes: int) -> str:
     """The card of a soft prompt or a prefix, with the metadata that PEFT's own cards carry.
 
     Args:
         card: what the run knows.
-        length: virtual tokens.
-        width: numbers of one of them.
-        is_prefix: else a prompt.
+        adapter: for its kind and sizes.
         num_file_bytes: of the weights.
     """
-    model = card.base.model
+    model, is_prefix = card.base.model, isinstance(adapter, Prefix)
     at_revision = f" at revision `{card.base.revision}`" if card.base.revision else ""
     lines = [
         "---",
         f"base_model: {json.dumps(model)}",  # JSON strings are YAML strings, whatever is in them
-        "library_name: peft",
-        "pipeline_tag: text-generation",
+        f"library_name: {'peft' if _is_peft(adapter) else 'peftscale'}",
+        *([] if card.base.is_encoder_decoder else ["pipeline_tag: text-generation"]),
         "tags:",
         f"- {json.dumps(f'base_model:adapter:{model}')}",
         "- prefix-tuning" if is_prefix else "- prompt-tuning",
         "- peftscale",
         "---",
         "",
-        f"# {'Prefix' if is_prefix else 'Soft prompt'} of {length} tokens"
+        f"# {'Prefix' if is_prefix else 'Soft prompt'} of {adapter.length} tokens"
         + (f" for {card.task.name}" if card.task else ""),
         "",
-        *(line.format(length=length, width=width) for line in _WHAT[is_prefix]),
+        *_what(adapter, is_encoder_decoder=card.base.is_encoder_decoder),
         "",
         "| | |",
         "|---|---|",
         f"| base | `{model}`{at_revision} |",
         f"| base digest | `{card.base.digest}` |",
-        f"| trained through | {card.base.quantization} weights, {card.base.compute_dtype} |",
-        f"| started from | {card.init} |",
-        f"| run | {card.run}, step {card.step}, run file `{card.fingerprint}` |",
+        *_origin_lines(card),
         f"| file | {num_file_bytes:,} bytes |",
-        *(_task_lines(card.task) if card.task else []),
+        *(_task_lines(card.task, is_encoder_decoder=card.base.is_encoder_decoder) if card.task else []),
         *_metric_lines(card.metrics),
         "",
         "## Use",
         "",
-        "    from peft import PeftModel",
-        "    from transformers import AutoModelForCausalLM",
-        "",
-        f"    model = AutoModelForCausalLM.from_pretrained({model!r})",
-        '    model = PeftModel.from_pretrained(model, "<this directory>")',
+        *_use(model, "AutoModelForSeq2SeqLM" if card.base.is_encoder_decoder else "AutoModelForCausalLM", adapter),
         "",
         "`peftscale inspect <this directory>` checks the files and prints what is known about them.",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _task_lines(task: TaskTemplate) -> list[str]:
+def _origin_lines(card: AdapterCard) -> list[str]:
+    if card.init == "imported":
+        return [f"| imported | from another program, with run file `{card.fingerprint}` of {card.run} |"]
+    return [
+        f"| trained through | {card.base.quantization} weights, {card.base.compute_dtype} |",
+        f"| started from | {card.init} |",
+        f"| run | {_run(card)} |",
+    ]
+
+
+def _run(card: AdapterCard) -> str:
+    if card.run is None:
+        return f"none: {card.step} steps of a Python session"
+    return f"{card.run}, step {card.step}, run file `{card.fingerprint}`"
+
+
+def _is_peft(adapter: Folded) -> bool:
+    """Whether PEFT can express it."""
+    return not (adapter.parts if isinstance(adapter, Prefix) else adapter.decoder_length)
+
+
+def _what(adapter: Folded, *, is_encoder_decoder: bool) -> tuple[str, str]:
+    if isinstance(adapter, Prefix):
+        kinds = ": the encoder's, the decoder's and its cross attention's" if adapter.parts else ""
+        return (
+            f"{adapter.length} trained keys and values, {adapter.shape.width} numbers each over all layers, in front "
+            f"of those of every attention layer{kinds}.",
+            "The language model itself is unchanged (Li and Liang 2021, arXiv:2101.00190).",
+        )
+    inputs = "the encoder's input embeddings" if is_encoder_decoder else "the input embeddings"
+    more = f", and {adapter.decoder_length} in front of the decoder's" if adapter.decoder_length else ""
+    return (
+        f"{adapter.length} trained vectors of {adapter.hidden_size} numbers in front of {inputs}{more}.",
+        "The language model itself is unchanged (Lester et al. 2021, arXiv:2104.08691).",
+    )
+
+
+def _use(model: str, auto_class: str, adapter: Folded) -> list[str]:
+    if not _is_peft(adapter):
+        return ["PEFT has no such adapter. Use it through peftscale."]
+    return [
+        "    from peft import PeftModel",
+        f"    from transformers import {auto_class}",
+        "",
+        f"    model = {auto_class}.from_pretrained({model!r})",
+        '    model = PeftModel.from_pretrained(model, "<this directory>")',
+    ]
+
+
+def _task_lines(task: TaskTemplate, *, is_encoder_decoder: bool) -> list[str]:
     words = [f"    {key} -> {word!r}" for key, word in (task.labels or {}).items()]
     return [
         "",
@@ -76,7 +108,7 @@ def _task_lines(task: TaskTemplate) -> list[str]:
         "",
         "The base reads:",
         "",
-        *_indented(task.input),
+        *_indented(task.input + ("" if is_encoder_decoder else task.cue)),
         "",
         "and writes:",
         "",

@@ -8,16 +8,20 @@ model may use it is `base.exactness`.
 A prefix adds no token to the row: the keys and values of each layer stand behind the row's own, outside of every
 example but those that it belongs to.
 
+There are two ways, with equal results: the row is cut into a batch for torch's own attention, which runs anywhere, or
+it stays whole for `base.flex`, on CUDA.
+
 Grouped queries, sliding windows, logit caps and sinks are those of the model's own layers, relative to an example's
 own positions: behind a prompt or a prefix of P tokens its text begins at P, as in the padded row.
 
 Shapes:  T tokens of the row   K prompts   P longest prompt   N examples   E longest example   A heads   D head size
-         L layers   F virtual tokens of all prefixes   G key heads
+         L layers   F virtual tokens of all prefixes   G key heads   S keys: of an example, or T + F
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -25,7 +29,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from peftscale.base import flex
+
 NAME = "peftscale_packed"
+FLEX = "peftscale_packed_flex"
+HIDDEN = 2**30
+"""Position of a key that nobody sees."""
 _calls = [0]
 
 
@@ -35,6 +44,8 @@ class Layout:
 
     prompt_lengths: tuple[int, ...]
     example_lengths: tuple[int, ...]
+    owners: tuple[int, ...]
+    prefix_lengths: tuple[int, ...]
     positions_1T: Tensor
     """Each token's own position: prompts from 0, an example from the length of its prompt."""
     prompts_KP: Tensor
@@ -44,9 +55,10 @@ class Layout:
     """The prompt's or prefix's, then the example's own; S = P + E. Those of prefixes count on from T."""
     back_T: Tensor
     """Where each token of the row stands in the outputs [K * P | N * E]."""
-    distance_NES: Tensor
-    """Query position minus key position; a negative one is the future, or padding."""
-    distance_KPP: Tensor
+    queries_at_NE: Tensor
+    """Own positions of the examples' tokens, and of their keys: HIDDEN where those are padding."""
+    keys_at_NS: Tensor
+    keys_at_KP: Tensor
     prefixes: tuple[Tensor, ...] = ()
     """For each layer (2, F, G, D), keys and values of all prefixes; empty where there is none."""
     _masks: dict[tuple[int | None, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -61,7 +73,9 @@ class Layout:
         key = (window, dtype)
         if key not in self._masks:
             made = []
-            for distance in (self.distance_KPP, self.distance_NES):
+            queries_at_1P = torch.arange(self.keys_at_KP.shape[1], device=self.keys_at_KP.device)[None]
+            for queries_at, keys_at in ((queries_at_1P, self.keys_at_KP), (self.queries_at_NE, self.keys_at_NS)):
+                distance = queries_at[:, :, None] - keys_at[:, None, :]
                 sees = distance >= 0
                 if window is not None:
                     sees &= distance < window
@@ -70,6 +84,17 @@ class Layout:
                 made.append(mask.masked_fill_(~sees, torch.finfo(dtype).min)[:, None])
             self._masks[key] = (made[0], made[1])
         return self._masks[key]
+
+    @cached_property
+    def places(self) -> flex.Places:
+        """The same for `base.flex`, made at its first use."""
+        return flex.place(
+            self.prompt_lengths,
+            self.example_lengths,
+            self.owners,
+            self.prefix_lengths,
+            device=self.positions_1T.device,
+        )
 
 
 def layout(
@@ -104,25 +129,25 @@ def layout(
     behind_NP = h_P < ahead_N
     head_starts_N1 = torch.cat([prompt_starts, ends[:-1]])[owner_N][:, None]
     head_keys_NP = torch.where(behind_NP, head_starts_N1 + h_P, example_starts[:, None])
-    query_NE = ahead_N + e_E
-    key_NS = torch.cat([h_P.expand(len(owner_N), -1), query_NE], dim=1)
-    key_ok = torch.cat([behind_NP, example_ok], dim=1)
-    never = -1
-    p_P = torch.arange(int(prompt_K.max()))
-    distance_NES = torch.where(key_ok[:, None], query_NE[:, :, None] - key_NS[:, None], never)
-    distance_KPP = torch.where(prompt_ok[:, None], p_P[None, :, None] - p_P[None, None], never)
+    queries_at_NE = ahead_N + e_E
+    keys_at_NS = torch.cat([h_P.expand(len(owner_N), -1), queries_at_NE], dim=1)
+    keys_at_NS = keys_at_NS.masked_fill(~torch.cat([behind_NP, example_ok], dim=1), HIDDEN)
+    keys_at_KP = torch.arange(int(prompt_K.max())).masked_fill(~prompt_ok, HIDDEN)
     positions = [torch.arange(n) for n in prompt_lengths]
     positions += [head_lengths[k] + torch.arange(n) for k, n in zip(owners, example_lengths, strict=True)]
     return Layout(
         tuple(prompt_lengths),
         tuple(example_lengths),
+        tuple(owners),
+        tuple(prefix_lengths),
         torch.cat(positions)[None].to(device),
         prompts_KP.to(device),
         examples_NE.to(device),
         torch.cat([head_keys_NP, examples_NE], dim=1).to(device),
         torch.cat([prompt_ok.flatten(), example_ok.flatten()]).nonzero()[:, 0].to(device),
-        distance_NES.to(device),
-        distance_KPP.to(device),
+        queries_at_NE.to(device),
+        keys_at_NS.to(device),
+        keys_at_KP.to(device),
         # One join for all layers: a slice a layer would make a gradient of the whole for each of them.
         torch.cat(list(prefixes_L2PGD), dim=2).unbind(0) if prefixes_L2PGD else (),
     )
@@ -152,18 +177,31 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    is_flex: bool = False,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function for a packed row. query, key, value: (1, heads, T, D). Returns (1, T, A, D).
 
-    Dropout is not applied: the base is frozen.
+    Dropout is not applied: the base is frozen. `is_flex` is the way that a name of the registry stands for.
     """
     assert layout is not None, "a packed base was passed a row without a layout"
     _calls[0] += 1
-    query_TAD, key_TAD, value_TAD = (states[0].transpose(0, 1) for states in (query, key, value))
+    query_TAD, key_SAD, value_SAD = (states[0].transpose(0, 1) for states in (query, key, value))
     if layout.prefixes:
         key_FGD, value_FGD = layout.prefixes[cast(int, module.layer_idx)]
-        key_TAD, value_TAD = torch.cat([key_TAD, key_FGD]), torch.cat([value_TAD, value_FGD])
+        key_SAD, value_SAD = torch.cat([key_SAD, key_FGD]), torch.cat([value_SAD, value_FGD])
+    if is_flex:
+        out_TAD = flex.attend(
+            query_TAD,
+            key_SAD,
+            value_SAD,
+            layout.places,
+            window=sliding_window,
+            scaling=scaling,
+            softcap=softcap,
+            sinks_A=s_aux,
+        )
+        return out_TAD[None], None
     prompt_mask, example_mask = layout.masks(sliding_window, query.dtype)
     parts = []
     for at, keys_at, mask in (
@@ -172,7 +210,7 @@ def packed_attention(
     ):
         if at.numel():
             q, k, v = (
-                _take(states, index) for states, index in ((query_TAD, at), (key_TAD, keys_at), (value_TAD, keys_at))
+                _take(states, index) for states, index in ((query_TAD, at), (key_SAD, keys_at), (value_SAD, keys_at))
             )
             out = _attend(q, k, v, mask, scaling=scaling, softcap=softcap, sinks_A=s_aux)
             parts.append(out.transpose(1, 2).flatten(0, 1))
@@ -219,9 +257,10 @@ def num_calls() -> int:
     return _calls[0]
 
 
-def install(model: PreTrainedModel) -> None:
-    """Make every layer of `model` use the packed attention from now on, also when a block is computed again."""
-    model.config._attn_implementation = NAME
+def install(model: PreTrainedModel, name: str = NAME) -> None:
+    """Make every layer of `model` use the packed attention from now on, also when a block is computed again: NAME or
+    FLEX."""
+    model.config._attn_implementation = name
 
 
 @contextmanager
@@ -236,4 +275,6 @@ def original(model: PreTrainedModel, name: str | None) -> Iterator[None]:
 
 
 AttentionInterface.register(NAME, packed_attention)
-AttentionMaskInterface.register(NAME, lambda *_, **__: None)
+AttentionInterface.register(FLEX, partial(packed_attention, is_flex=True))
+for _name in (NAME, FLEX):
+    AttentionMaskInterface.register(_name, lambda *_, **__: None)

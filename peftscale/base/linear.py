@@ -124,6 +124,9 @@ class DenseFrozenLinear(FrozenLinear):
 class BlobLinear(FrozenLinear):
     """The weight as one uint8 vector, so that ZeRO-3 shards every byte of it."""
 
+    weight: None = None
+    """T5 looks at the dtype of a weight before it uses the layer; where there is none it goes on."""
+
     def __init__(
         self, rows: int, cols: int, *, bias: bool, compute_dtype: torch.dtype, quantization: Quantization
     ) -> None:
@@ -153,6 +156,12 @@ class Nf4FrozenLinear(BlobLinear):
         super().__init__(rows, cols, bias=bias, compute_dtype=compute_dtype, quantization="nf4")
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
+        weight_OI: Tensor = dequantize_4bit(*self.packed_and_state(dtype))
+        return weight_OI
+
+    def packed_and_state(self, dtype: torch.dtype) -> tuple[Tensor, QuantState]:
+        """What bitsandbytes' own functions take: (N / 2, 1) bytes, and how they are read as `dtype`. Both are views of
+        the blob, but for a few floats."""
         blob, size = self.blob.data, self.out_features * self.in_features
         groups, packed = -(-size // NF4_GROUP), -(-size // 2)
         code, nested_code = _nf4_tables(blob.device)
@@ -168,8 +177,7 @@ class Nf4FrozenLinear(BlobLinear):
             offset=tail[-1],
             state2=nested,
         )
-        weight_OI: Tensor = dequantize_4bit(blob[:packed].view(-1, 1), state)
-        return weight_OI
+        return blob[:packed].view(-1, 1), state
 
 
 def build(rows: int, cols: int, *, bias: bool, compute_dtype: torch.dtype, quantization: Quantization) -> FrozenLinear:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from peftscale.base import host_memory, pack
 from peftscale.base.pack import PackedBase
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from peftscale.base.shard import _Partition
 
 log = logging.getLogger(__name__)
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab*")
 
 
 @dataclass
@@ -36,8 +37,8 @@ class Base:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     digest: str
-    name: str
-    revision: str
+    cfg: BaseConfig
+    """What was asked for."""
     device: torch.device
     compute_dtype: torch.dtype
     is_sharded: bool
@@ -47,9 +48,19 @@ class Base:
     """Passes are packed; set by `exactness.make_packed`."""
 
     @property
+    def name(self) -> str:
+        """The model as the user named it."""
+        return self.cfg.model
+
+    @property
     def hidden_size(self) -> int:
         """H, the width of an input embedding."""
         return int(self.model.get_input_embeddings().embedding_dim)
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Text goes to an encoder and targets come from a decoder."""
+        return bool(self.model.config.is_encoder_decoder)
 
     @property
     def vocab_size(self) -> int:
@@ -167,18 +178,22 @@ def load(
     skeleton = opened.skeleton
     is_sharded = sharding == "world"
     _materialise(skeleton, opened.packed, is_sharded=is_sharded, device=device)
-    _prepare(skeleton.model, device=device)
+    prepare(skeleton.model, device=device)
     if is_sharded:
         sharder(device).attach(skeleton.model, skeleton.blocks, prefetch_elements=prefetch_elements)
     if cfg.checkpoint_activations:
         skeleton.model.activation_checkpointing_enable({"use_reentrant": False})
+        for module in skeleton.model.modules():
+            # T5's cross attention has a bias of zeros, and would ask for its gradient, for which torch takes a kernel
+            # that keeps every score.
+            if hasattr(module, "has_relative_attention_bias"):
+                module.gradient_checkpointing = False
     skeleton.model.train()  # transformers checkpoints in train mode only
     return Base(
         model=skeleton.model,
         tokenizer=opened.tokenizer,
         digest=opened.packed.digest,
-        name=cfg.model,
-        revision=cfg.revision,
+        cfg=cfg,
         device=device,
         compute_dtype=getattr(torch, cfg.compute_dtype),
         is_sharded=is_sharded,
@@ -230,6 +245,11 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is none that transformers can read.
     """
+    if not any(place for name in _VOCABULARIES for place in model_dir.glob(name)):  # some families would start empty
+        raise ModelError(
+            f"base.model={model_dir} has no vocabulary (looked for {', '.join(_VOCABULARIES)}). "
+            f"Put tokenizer.json and tokenizer_config.json beside config.json."
+        )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
         return tokenizer
@@ -271,13 +291,14 @@ def _filled(
     return parameter
 
 
-def _prepare(model: PreTrainedModel, *, device: torch.device) -> None:
+def prepare(model: PreTrainedModel, *, device: torch.device) -> None:
     """Buffers to the device (DeepSpeed leaves those of a model that is sharded already), dropout out, no cache."""
     for name, buffer in list(model.named_buffers()):
         module_name, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module_name), leaf, buffer.to(device))
     _remove_dropout(model)
     model.config.use_cache = False
+    model.generation_config = GenerationConfig()  # bart's own would force its last token, others a least length
 
 
 def _remove_dropout(model: PreTrainedModel) -> None:

@@ -135,16 +135,19 @@ def cache_dir() -> Path:
     return (Path(root) if root else Path.home() / ".cache" / "peftscale") / "packs"
 
 
+def cached(model_dir: Path, *, quantization: Quantization, compute_dtype: torch.dtype) -> Path:
+    """Where the cached pack of a model is, or would be."""
+    dtype = str(compute_dtype).removeprefix("torch.")
+    return cache_dir() / facts.source_key(model_dir, quantization, dtype, f"{FORMAT} {version('bitsandbytes')}")
+
+
 def ensure(model_dir: Path, skeleton: Skeleton, *, quantization: Quantization, compute_dtype: torch.dtype) -> Path:
     """The cached pack of a model, made now if it is not there. Safe when several processes ask at once.
 
     Raises:
         ModelError: the weights are missing, cut, pickled, or do not fit the config.
     """
-    key = facts.source_key(
-        model_dir, quantization, str(compute_dtype).removeprefix("torch."), f"{FORMAT} {version('bitsandbytes')}"
-    )
-    directory = cache_dir() / key
+    directory = cached(model_dir, quantization=quantization, compute_dtype=compute_dtype)
     if (directory / MANIFEST).exists():
         return directory
     with writable(directory):
@@ -197,6 +200,7 @@ def write(
         ModelError: a tensor is missing in `source` or has another shape.
     """
     names = _match_names(skeleton, source.shapes())
+    _refuse_untied(skeleton, source)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
@@ -228,6 +232,17 @@ def write(
     return digest
 
 
+def read_dense(skeleton: Skeleton, source: Source, name: str) -> Tensor:
+    """One tensor of the original weights that is not quantised, as `write` would store it; `name` is the skeleton's.
+
+    Raises:
+        ModelError: the weights do not fit the config.
+    """
+    (entry,) = (entry for entry in skeleton.entries if entry.name == name)
+    assert not entry.is_blob
+    return _packed(source.read(_match_names(skeleton, source.shapes())[entry.source]), entry, "none")
+
+
 def _packed(original: Tensor, entry: Entry, quantization: Quantization) -> Tensor:
     weight = original.T if entry.is_transposed else original
     return pack_weight(weight, quantization) if entry.is_blob else weight.to(entry.dtype).contiguous()
@@ -240,8 +255,10 @@ def _match_names(skeleton: Skeleton, shapes: Mapping[str, tuple[int, ...]]) -> d
     prefix, known = skeleton.model.base_model_prefix or None, {entry.source: True for entry in skeleton.entries}
     on_disk = {rename_source_key(name, renamings, [], prefix, known)[0]: name for name in shapes}
     names = {}
+    tied: dict[str, str] = getattr(skeleton.model, "_tied_weights_keys", None) or {}
     for entry in skeleton.entries:
-        found = on_disk.get(entry.source)
+        # A T5 v1.1 that was saved while its head was tied holds that under the embedding's name alone.
+        found = on_disk.get(entry.source) or on_disk.get(tied.get(entry.source, ""))
         if found is None:
             raise ModelError(
                 f"the base's weights have no tensor {entry.source} of shape {entry.source_shape}; "
@@ -255,6 +272,18 @@ def _match_names(skeleton: Skeleton, shapes: Mapping[str, tuple[int, ...]]) -> d
             )
         names[entry.source] = found
     return names
+
+
+def _refuse_untied(skeleton: Skeleton, source: Source) -> None:
+    """Refuse a checkpoint that holds a head of its own where the model takes its embedding for it: transformers would
+    use both, and a prompt trained here would belong to another model."""
+    weight, there = skeleton.model.get_output_embeddings().weight, source.shapes()
+    names = [n for n, p in skeleton.model.named_parameters(remove_duplicate=False) if p is weight and n in there]
+    if len(names) > 1 and len({_sha256(source.read(name)) for name in names}) > 1:
+        raise ModelError(
+            f"the base's weights hold {' and '.join(names)}, which differ, but by its config.json they are one tensor "
+            f"(tie_word_embeddings). Set it to false there, or give a checkpoint that belongs to this config.json."
+        )
 
 
 def _write_header(file: BinaryIO, entries: tuple[Entry, ...]) -> None:

@@ -31,7 +31,10 @@ class Row:
     """Text tokens, the targets last. Not empty before the targets unless there is a prompt."""
     num_targets: int
     prefix_L2PKD: Tensor | None = None
-    """Keys and values of every layer, float32, instead of a prompt. Passes must be packed."""
+    """Keys and values of every layer, float32, instead of a prompt. Passes must be packed, or the base be an
+    encoder-decoder."""
+    decoder_prompt_QH: Tensor | None = None
+    """Virtual tokens in front of the decoder's input of an encoder-decoder base, float32."""
 
 
 def join(
@@ -66,8 +69,9 @@ def target_logits(base: Base, rows: Sequence[Row]) -> Tensor:
     return logits_at(base.model, embeds_NSH, at_M, **arguments)
 
 
-def generate(base: Base, rows: Sequence[Row], *, max_new_tokens: int) -> list[list[int]]:
-    """Greedy continuation of every row, up to the end-of-sequence token (left out) or `max_new_tokens`.
+def generate(base: Base, rows: Sequence[Row], *, max_new_tokens: int, stop: Sequence[str] = ()) -> list[list[int]]:
+    """Greedy continuation of every row, up to the end-of-sequence token (left out), `max_new_tokens`, or soon behind
+    one of the texts of `stop` (none empty; what stands behind it has no meaning).
 
     Every rank calls this equally often and with the same `max_new_tokens`; one without rows generates along and
     returns nothing. A row that has ended goes on until the last one of all ranks has, so each of them must have
@@ -102,10 +106,16 @@ def generate(base: Base, rows: Sequence[Row], *, max_new_tokens: int) -> list[li
             eos_token_id=eos,
             pad_token_id=base.tokenizer.pad_token_id if base.tokenizer.pad_token_id is not None else eos,
             synced_gpus=base.is_sharded,
+            **stopping(base, stop),
             **cached,
         )
     lists: list[list[int]] = ids_NT.tolist()
     return [ids[: ids.index(eos)] if eos in ids else ids for ids in lists[: len(rows)]]
+
+
+def stopping(base: Base, stop: Sequence[str]) -> dict[str, Any]:
+    """The arguments of transformers' generate that end a row behind one of these texts."""
+    return {"stop_strings": list(stop), "tokenizer": base.tokenizer} if stop else {}
 
 
 def generates_with(base: Base, row: Row) -> tuple[int, int]:
@@ -133,10 +143,11 @@ def _embed(
     return pad_sequence(joined, batch_first=True), starts
 
 
-def logits_at(model: PreTrainedModel, embeds_NSH: Tensor, at_M: Tensor, **arguments: Any) -> Tensor:
+def logits_at(model: PreTrainedModel, embeds_NSH: Tensor | None, at_M: Tensor, **arguments: Any) -> Tensor:
     """Logits (M, V) float32 at flat positions of (N, S). Only those reach the head; the model's scaling and caps act.
 
     Args:
+        embeds_NSH: the input; None where it is among the arguments, as ids.
         arguments: for the model's forward, beside the embeddings.
     """
 

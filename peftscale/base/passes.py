@@ -1,5 +1,7 @@
 """A pass of rows through the frozen base: packed where the base was found fit for it, padded otherwise.
 
+An encoder-decoder base has a pass of its own, `base.encoder_decoder`.
+
 Every rank makes the same number of passes, because gathering the base's weights takes all of them; a rank that has no
 rows left makes an empty pass. How rows are put together is `base.packed` and `base.padded`.
 
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from peftscale.base import packed, padded
+from peftscale.base import encoder_decoder, packed, padded
 from peftscale.base.load import Base
 from peftscale.base.padded import Row, logits_at
 
@@ -27,13 +29,19 @@ def target_logits(base: Base, rows: Sequence[Row]) -> Tensor:
         (M, V) float32, row after row; (1, V) of no meaning for an empty pass.
     """
     if rows:
+        if base.is_encoder_decoder:
+            return encoder_decoder.target_logits(base, rows)
         return packed.target_logits(base, rows) if base.is_packed else padded.target_logits(base, rows)
     # One token through everything, the embedding too: each part is a gather that the other ranks wait for. The input
     # must require a gradient, or backward would gather nothing here.
-    join = packed.join if base.is_packed else padded.join
-    embedding = base.model.get_input_embeddings()
-    blank, _, arguments = join([Row(None, [0], 0)], embedding, base.compute_dtype, base.device)
-    first = torch.zeros(1, dtype=torch.long, device=base.device)
+    row, device = Row(None, [0], 0), base.device
+    if base.is_encoder_decoder:
+        blank, _, arguments = encoder_decoder.join([row], base.model, base.compute_dtype, device)
+        arguments["decoder_inputs_embeds"].requires_grad_()
+    else:
+        join = packed.join if base.is_packed else padded.join
+        blank, _, arguments = join([row], base.model.get_input_embeddings(), base.compute_dtype, device)
+    first = torch.zeros(1, dtype=torch.long, device=device)
     return logits_at(base.model, blank.requires_grad_(), first, **arguments)
 
 
@@ -44,3 +52,15 @@ def target_losses(base: Base, rows: Sequence[Row]) -> Tensor:
         return logits_MV.sum()[None] * 0
     targets = [token for row in rows for token in row.ids[len(row.ids) - row.num_targets :]]
     return nn.functional.cross_entropy(logits_MV, torch.tensor(targets, device=base.device), reduction="none")
+
+
+def generate(base: Base, rows: Sequence[Row], *, max_new_tokens: int, stop: Sequence[str] = ()) -> list[list[int]]:
+    """Greedy continuation of every row. See `padded.generate`."""
+    if base.is_encoder_decoder:
+        return encoder_decoder.generate(base, rows, max_new_tokens=max_new_tokens, stop=stop)
+    return padded.generate(base, rows, max_new_tokens=max_new_tokens, stop=stop)
+
+
+def generates_with(base: Base, row: Row) -> tuple[int, int]:
+    """What rows of one call of `generate` have in common."""
+    return encoder_decoder.generates_with(row) if base.is_encoder_decoder else padded.generates_with(base, row)

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def partition(init: _Partition, parameter: nn.Parameter) -> Tensor:
     return piece
 
 
-def attach(model: nn.Module, blocks: nn.ModuleList, *, prefetch_elements: int) -> None:
+def attach(model: nn.Module, blocks: Sequence[nn.Module], *, prefetch_elements: int) -> None:
     """Install the gather and release hooks, each block a leaf.
 
     Args:

@@ -16,7 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -46,7 +46,8 @@ class Skeleton:
     """A model on the meta device and what it is made of."""
 
     model: PreTrainedModel
-    blocks: nn.ModuleList
+    blocks: tuple[nn.Module, ...]
+    """The transformer blocks; of an encoder-decoder, the encoder's and the decoder's."""
     entries: tuple[Entry, ...]
 
 
@@ -61,12 +62,12 @@ def read_config(model_dir: Path) -> PretrainedConfig:
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ModelError(
             f"base.model={model_dir}: transformers cannot read its config.json ({_first_line(error)}). "
-            f"Give a directory of a decoder-only model that this version of transformers knows."
+            f"Give a directory of a language model that this version of transformers knows."
         ) from error
 
 
 def build(config: PretrainedConfig, *, quantization: Quantization, compute_dtype: torch.dtype, where: str) -> Skeleton:
-    """Make the skeleton of a decoder-only model.
+    """Make the skeleton of a decoder-only or an encoder-decoder model.
 
     Args:
         config: of the original model. Read, never written.
@@ -75,29 +76,31 @@ def build(config: PretrainedConfig, *, quantization: Quantization, compute_dtype
         where: the model as the user named it, for messages.
 
     Raises:
-        ModelError: encoder or encoder-decoder, no stack of blocks found, or matrices that are neither a Linear,
-            a Conv1D nor an Embedding.
+        ModelError: an encoder, no stack of blocks found, or matrices that are neither a Linear, a Conv1D nor an
+            Embedding.
     """
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"base.model={where}: {config.model_type} is an encoder-decoder model; only decoder-only models can be "
-            f"trained so far. `peftscale plan` works for it."
-        )
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+    is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not (
+        is_encoder_decoder or getattr(config, "is_decoder", False)
+    ):
         raise ModelError(  # transformers would build it, and each token would see those behind it, its target too
             f"base.model={where}: {config.model_type} is an encoder, whose tokens see the ones behind them; its "
-            f"config.json does not say is_decoder. Give a decoder-only model."
+            f"config.json does not say is_decoder. Give a decoder-only or an encoder-decoder model."
         )
     try:
         # Parameters on meta, buffers (rotary frequencies) real: they are computed by the constructor.
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=compute_dtype)
+            auto = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+            model = auto.from_config(config, dtype=compute_dtype)
     except (ValueError, KeyError, ImportError) as error:
         raise ModelError(
-            f"base.model={where}: transformers cannot build a causal language model from its config "
-            f"({_first_line(error)}). Give a decoder-only model."
+            f"base.model={where}: transformers cannot build a language model from its config "
+            f"({_first_line(error)}). Give a decoder-only or an encoder-decoder model."
         ) from error
     model.tie_weights()  # parameters made on meta are separate objects until told otherwise
+    if _has_own_head(config):
+        head = model.get_output_embeddings()
+        head.weight = nn.Parameter(torch.empty_like(head.weight))
     model.requires_grad_(False)
     blocks = _blocks(model, config, where)
     _refuse_other_matrices(model, where)
@@ -105,15 +108,34 @@ def build(config: PretrainedConfig, *, quantization: Quantization, compute_dtype
     return Skeleton(model, blocks, tuple(_entries(model, sources, compute_dtype)))
 
 
-def _blocks(model: PreTrainedModel, config: PretrainedConfig, where: str) -> nn.ModuleList:
-    depth = config.get_text_config().num_hidden_layers
-    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if not stacks:
-        raise ModelError(
-            f"base.model={where}: found no stack of num_hidden_layers={depth} blocks in {type(model).__name__}. "
-            f"Its layers cannot be sharded; choose a model with one list of decoder blocks."
-        )
-    return stacks[0]
+def decoder_depth(config: PretrainedConfig) -> int | None:
+    """Blocks of the decoder of an encoder-decoder; None where its config does not say it as T5's or BART's do."""
+    text = config.get_text_config()
+    depth: int | None = getattr(text, "num_decoder_layers", None) or getattr(text, "decoder_layers", None)
+    return depth
+
+
+def _has_own_head(config: PretrainedConfig) -> bool:
+    """T5 v1.1 and mT5 have a head of their own, but transformers forces tie_word_embeddings to True and unties at load,
+    when it sees that the weights differ. Of the original T5 it keeps that its outputs are scaled for the tied head."""
+    return config.model_type == "mt5" or (config.model_type == "t5" and not config.scale_decoder_outputs)
+
+
+def _blocks(model: PreTrainedModel, config: PretrainedConfig, where: str) -> tuple[nn.Module, ...]:
+    text = config.get_text_config()
+    parts = [(model, text.num_hidden_layers)]
+    if config.is_encoder_decoder:
+        parts = [(model.get_encoder(), text.num_hidden_layers), (model.get_decoder(), decoder_depth(config))]
+    found: list[nn.Module] = []
+    for part, depth in parts:
+        stacks = [m for m in part.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+        if not stacks:
+            raise ModelError(
+                f"base.model={where}: found no stack of {depth} blocks in {type(part).__name__}. Its layers cannot be "
+                f"sharded; choose a model with one list of blocks, or one for each of encoder and decoder."
+            )
+        found.extend(stacks[0])
+    return tuple(found)
 
 
 def _refuse_other_matrices(model: PreTrainedModel, where: str) -> None:

@@ -13,6 +13,8 @@ Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philo
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -55,6 +57,8 @@ class Item:
     """Which label's words `target_ids` are, when all labels of an example are scored."""
     num_new_tokens: int = 0
     """Room for what is generated behind the input."""
+    cell: int = 0
+    """Which of the (adapter, task) pairs of an evaluation it belongs to."""
 
     @property
     def num_tokens(self) -> int:
@@ -79,21 +83,21 @@ def training_items(adapter: str, prompt_length: int, examples: Iterable[Example]
     return [Item(adapter, prompt_length, example, example.target_ids) for example in examples]
 
 
-def choice_items(adapter: str, prompt_length: int, examples: Iterable[Example]) -> list[Item]:
+def choice_items(adapter: str, prompt_length: int, examples: Iterable[Example], *, cell: int = 0) -> list[Item]:
     """Each example once for each label: the likelihoods that classification compares."""
     return [
-        Item(adapter, prompt_length, example, ids, choice=choice)
+        Item(adapter, prompt_length, example, ids, choice=choice, cell=cell)
         for example in examples
         for choice, ids in enumerate(example.choices_ids)
     ]
 
 
 def generation_items(
-    adapter: str, prompt_length: int, examples: Iterable[Example], *, num_new_tokens: Sequence[int]
+    adapter: str, prompt_length: int, examples: Iterable[Example], *, num_new_tokens: Sequence[int], cell: int = 0
 ) -> list[Item]:
     """Each example's input with room for so many new tokens (`TaskData.num_new_tokens`)."""
     return [
-        Item(adapter, prompt_length, example, (), num_new_tokens=num)
+        Item(adapter, prompt_length, example, (), num_new_tokens=num, cell=cell)
         for example, num in zip(examples, num_new_tokens, strict=True)
     ]
 
@@ -104,26 +108,31 @@ def plan_passes(
     """Deal the rows of a step, or of a whole split, to ranks and passes.
 
     Ranks go through the base in lockstep, because gathering its weights takes all of them: a pass is as slow as
-    its slowest rank, and one more pass costs one more gather of everything. So each pass takes as many rows as fill
-    `microbatch_tokens` on every rank, longest first: nobody waits, and padded rows of a pass are of nearly one length.
+    its slowest rank, and one more pass costs one more gather of everything. So padded passes take as many rows as fill
+    `microbatch_tokens` on every rank, longest first: nobody waits, and rows of a pass are of nearly one length. For
+    packed ones rows of an adapter stay together as far as the ranks' loads stay even, because its prompt is computed
+    once for each pass that has a row of it.
 
     Args:
         items: of all adapters. The plan depends on their order only between rows of equal length.
         world: ranks.
         microbatch_tokens: most tokens in one pass of one rank, as `pass_tokens` counts them. A row that is longer
             than this by itself stands alone in its pass.
-        is_packed: passes are packed, and each prompt counts once a pass.
+        is_packed: passes are packed.
 
     Returns:
         [rank][pass] -> rows. Every rank has the same number of passes, and the rows of all of them are
-        exactly `items`; where the last pass has fewer rows than ranks, some ranks have an empty one.
+        exactly `items`; where the last passes have too few rows for all ranks, some ranks have empty ones.
     """
     assert world > 0 and microbatch_tokens > 0
     queue = sorted(items, key=lambda item: -item.num_tokens)  # stable, so equal on every rank
-    ranks: list[list[list[Item]]] = [[] for _ in range(world)]
+    if is_packed:
+        ranks = [_filled(share, microbatch_tokens) for share in _dealt(queue, world)]
+        num_passes = max(len(passes) for passes in ranks)
+        return [passes + [[] for _ in range(num_passes - len(passes))] for passes in ranks]
+    ranks = [[] for _ in range(world)]
     while queue:
-        take = _take_packed if is_packed else _take_padded
-        shares, queue = take(queue, world, microbatch_tokens)
+        shares, queue = _take_padded(queue, world, microbatch_tokens)
         for passes, share in zip(ranks, shares, strict=True):
             passes.append(share)
     return ranks
@@ -143,26 +152,40 @@ def _take_padded(queue: list[Item], world: int, most: int) -> tuple[list[list[It
     return [queue[rank:num_rows:world] for rank in range(world)], queue[num_rows:]
 
 
-def _take_packed(queue: list[Item], world: int, most: int) -> tuple[list[list[Item]], list[Item]]:
-    """Rows of one pass by rank, each to where the load stays least, until a row would not fit there.
-
-    A row whose prompt is on a rank already adds less load there, so an adapter's rows stay together where they can.
-    """
+def _dealt(queue: Sequence[Item], world: int) -> list[list[Item]]:
+    """Rows by rank: those of an adapter on one rank, or on as few as keep the loads even."""
+    by_adapter: dict[str, list[Item]] = {}
+    for item in queue:
+        by_adapter.setdefault(item.adapter, []).append(item)
+    even = math.ceil(sum(pass_tokens(rows, is_packed=True) for rows in by_adapter.values()) / world)
     shares: list[list[Item]] = [[] for _ in range(world)]
-    loads, prompts = [0] * world, [set[str]() for _ in range(world)]
-    for taken, item in enumerate(queue):
-        text = item.num_tokens - item.prompt_length
-        after = [
-            load + text + (0 if item.adapter in there else item.prompt_length)
-            for load, there in zip(loads, prompts, strict=True)
-        ]
-        rank = min(range(world), key=after.__getitem__)
-        if after[rank] > most and loads[rank]:
-            return shares, queue[taken:]
-        shares[rank].append(item)
-        loads[rank] = after[rank]
-        prompts[rank].add(item.adapter)
-    return shares, []
+    loads = [0] * world
+    for rows in sorted(by_adapter.values(), key=lambda rows: -pass_tokens(rows, is_packed=True)):
+        prompt = rows[0].prompt_length
+        emptiest = sorted(range(world), key=loads.__getitem__)
+        room = itertools.accumulate(max(0, even - loads[rank] - prompt) for rank in emptiest)
+        num = 1 + sum(space < pass_tokens(rows, is_packed=True) - prompt for space in room)
+        ahead = dict.fromkeys(emptiest[:num], prompt)  # what a rank still has to compute before its first row
+        for item in rows:  # longest first, so that ranks get long and short ones alike
+            rank = min(ahead, key=lambda at: loads[at] + ahead[at])
+            shares[rank].append(item)
+            loads[rank] += ahead[rank] + item.num_tokens - prompt
+            ahead[rank] = 0
+    return shares
+
+
+def _filled(rows: Sequence[Item], most: int) -> list[list[Item]]:
+    """Passes of one rank: rows in their order, until one would not fit."""
+    passes: list[list[Item]] = []
+    load, there = 0, set[str]()
+    for item in rows:
+        load += item.num_tokens - (item.prompt_length if item.adapter in there else 0)
+        if not passes or load > most:
+            passes.append([])
+            load, there = item.num_tokens, set()
+        passes[-1].append(item)
+        there.add(item.adapter)
+    return passes
 
 
 @functools.lru_cache(maxsize=64)  # every step of an epoch asks for the same one; a cohort for one per seed

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+_CONVERSIONS = "refs/convert/parquet"
 
 
 class Rows:
@@ -111,7 +113,9 @@ def _from_hub(hub: HubData, split: Split, name: str) -> "Dataset":
 
     where = f"task.hub.{split} ({hub.path}, subset {hub.subset!r}, split {name!r}, revision {hub.revision!r})"
     with _wrapped(where, "cannot be loaded"):
-        rows = datasets.load_dataset(hub.path, hub.subset, split=name, revision=hub.revision)
+        # The hub's conversions have no card that names subsets: each is a directory.
+        subset = {"data_dir" if hub.revision == _CONVERSIONS else "name": hub.subset}
+        rows = datasets.load_dataset(hub.path, **subset, split=name, revision=hub.revision)
     assert isinstance(rows, datasets.Dataset)  # what load_dataset returns for one split, not streamed
     return rows
 

@@ -1,49 +1,51 @@
-"""A task as tokenised examples: rows rendered by the templates, checked against `labels`, and measured.
+"""A task as tokenised examples: texts as token ids, cut to what fits and measured.
 
-Text in, text out. Reading files is `rows`, rendering one row is `template`, token ids are `tokens`; the order
+Text in, text out. Reading files is `rows`, making texts of them is `texts`, token ids are `tokens`; the order
 in which examples are trained on is `batches`. Only target tokens count in the loss.
 
 Source: the text-to-text form of Raffel et al. 2020, arXiv:1910.10683, section 2.4; classification by the
 likelihood of the label words as in Brown et al. 2020, arXiv:2005.14165, section 2.4.
 """
 
-import difflib
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftscale.config import TaskConfig
-from peftscale.data import rows
-from peftscale.data.rows import Split
-from peftscale.data.template import Template
+from peftscale.data.rows import SPLITS, Split
+from peftscale.data.texts import Form, Text, render
 from peftscale.data.tokens import Ids, TextEncoder
 from peftscale.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 _NUM_PROBES = 256
-_NUM_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row. Ids carry no padding and no virtual token."""
+    """One text and its target. Ids carry no padding and no virtual token."""
 
     index: int
-    """Row in its split, counted from 0."""
+    """Among the examples of its split, counted from 0."""
     input_ids: Ids
-    """At least one; with what the tokenizer sets in front of a text, without EOS."""
+    """At least one; with what the tokenizer sets in front of a text, without EOS (with it for an encoder-decoder)."""
     target_ids: Ids
-    """At least one. Ends with EOS where the target is generated, so that generation learns to end."""
+    """At least one. Ends with EOS where the target is generated, so that generation learns to end, and always for an
+    encoder-decoder base, as T5 was trained."""
     label: int | None
     """Position in TaskData.labels; None where the target is generated."""
     target_text: str
     """The words of the label, or the rendered target."""
     choices_ids: tuple[Ids, ...] = ()
     """Classification: the words of each label behind this input, in the order of TaskData.labels."""
+    references: tuple[str, ...] = ()
+    """Generation: all right texts."""
+    group: str | None = None
+    """Classification: what the answers to one question have in common, and no others."""
+    target_holds: bool = True
+    """Generation: whether the target is right; a right prediction is another text where it is not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +61,7 @@ class TaskData:
     words: tuple[str, ...]
     """What each label is called in text."""
     num_cut: int
-    """Examples of all splits that lost their first tokens to task.max_text_tokens."""
+    """Examples of all splits that lost tokens to task.max_text_tokens."""
     num_seams: int
     """Examples whose target was encoded alone, because a token reached across from the input.
     As a rule `input` ends in a blank that belongs in front of the target."""
@@ -87,24 +89,13 @@ class TaskData:
         return min(self.max_target_tokens, self.max_tokens - len(example.input_ids))
 
 
-@dataclass(frozen=True, slots=True)
-class _Texts:
-    """One rendered row."""
-
-    split: Split
-    where: str
-    index: int
-    input: str
-    target: str
-    label: int | None
-
-
 def load(
     task: TaskConfig,
     tokenizer: "PreTrainedTokenizerBase",
     *,
     max_tokens: int | None,
     splits: Collection[Split] = SPLITS,
+    is_encoder_decoder: bool = False,
 ) -> TaskData:
     """Read, render, check and tokenise the splits of a task. The same on every rank.
 
@@ -113,62 +104,73 @@ def load(
         tokenizer: of the base.
         max_tokens: what fits: the base's positions minus the longest prompt. None: no limit.
         splits: what to load. A test split that the task does not have is left empty.
+        is_encoder_decoder: of the base: inputs and all targets end as its tokenizer ends a text, as T5's.
 
     Raises:
         DataError: a file, a row, a label or a length that cannot be used; the message names it.
         ConfigError: a template that is not Jinja.
     """
-    texts: list[_Texts] = []
+    texts: list[Text] = []
     for split in SPLITS:
         if split in splits:
-            texts.extend(_render(task, split))
-    return _tokenised(task, tokenizer, texts, max_tokens=max_tokens)
+            texts.extend(render(task, split, is_encoder_decoder=is_encoder_decoder))
+    return _tokenised(task, tokenizer, texts, max_tokens=max_tokens, is_encoder_decoder=is_encoder_decoder)
 
 
 def from_rows(
     task: TaskConfig,
     tokenizer: "PreTrainedTokenizerBase",
-    columns: Sequence[Mapping[str, str]],
+    columns: Sequence[Mapping[str, Any]],
     *,
     max_tokens: int | None,
+    is_encoder_decoder: bool = False,
 ) -> TaskData:
     """Rows without an answer, to be classified or continued: the test split of the result.
 
     Args:
-        columns: what task.input reads, one mapping a row.
+        columns: what task.input reads, one mapping a row; the names of task.each are columns here.
 
     Raises:
         DataError, ConfigError: as `load`.
     """
-    template, where = Template("task.input", task.input), "the given rows"
+    form, where = Form(task, is_encoder_decoder=is_encoder_decoder), "the given rows"
     words = next(iter(task.labels.values())) if task.labels else " x"  # a target has to be there; nobody looks at it
-    texts = []
-    for i, row in enumerate(columns):
-        template.used(list(row), where=where)
-        texts.append(_Texts("test", where, i, template.render(row, where=where, index=i), words, None))
-    return _tokenised(task, tokenizer, texts, max_tokens=max_tokens)
+    inputs = [form.input(row, where=where, index=i) for i, row in enumerate(columns)]
+    texts = [Text("test", where, i, text, words, None) for i, text in enumerate(inputs)]
+    return _tokenised(task, tokenizer, texts, max_tokens=max_tokens, is_encoder_decoder=is_encoder_decoder)
 
 
 def _tokenised(
-    task: TaskConfig, tokenizer: "PreTrainedTokenizerBase", texts: Sequence[_Texts], *, max_tokens: int | None
+    task: TaskConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[Text],
+    *,
+    max_tokens: int | None,
+    is_encoder_decoder: bool,
 ) -> TaskData:
-    encoder = TextEncoder(tokenizer)
+    encoder = TextEncoder(tokenizer, is_encoder_decoder=is_encoder_decoder)
     inputs = encoder.inputs([text.input for text in texts])
     found = encoder.continuations([text.input for text in texts], inputs, [text.target for text in texts])
     targets = [ids for ids, _ in found]
-    _refuse_empty(texts, inputs, targets)
+    _refuse_empty(texts, [ids[: len(ids) - len(encoder.end_ids)] for ids in inputs], targets)
     if task.labels is None:
-        targets = [(*ids, _eos(tokenizer)) for ids in targets]
         choices: list[tuple[Ids, ...]] = [()] * len(texts)
     else:
         choices = _choices(encoder, texts, inputs, targets, tuple(task.labels.values()))
         _refuse_alike(task, texts, choices)
-    num_start = len(encoder.start_ids)
-    cut = [_cut(ids, num_start=num_start, most=task.max_text_tokens) for ids in inputs]
+    if task.labels is None or is_encoder_decoder:
+        targets = [(*ids, _eos(tokenizer)) for ids in targets]
+    num_start, num_end = len(encoder.start_ids), len(encoder.end_ids)
+    if task.cut == "end" and not is_encoder_decoder:
+        num_end = len(encoder.inputs([task.cue])[0]) - num_start
+    cut = [_cut(ids, task, num_start=num_start, num_end=num_end) for ids in inputs]
     _refuse_long(task, texts, cut, targets, choices, max_tokens=max_tokens)
     examples: dict[Split, list[Example]] = {split: [] for split in SPLITS}
     for text, ids, target_ids, choices_ids in zip(texts, cut, targets, choices, strict=True):
-        examples[text.split].append(Example(text.index, ids, target_ids, text.label, text.target, choices_ids))
+        of_text = (text.references, text.group, text.target_holds)
+        examples[text.split].append(
+            Example(text.index, ids, target_ids, text.label, text.target, choices_ids, *of_text)
+        )
     return TaskData(
         name=task.name,
         train=tuple(examples["train"]),
@@ -184,48 +186,8 @@ def _tokenised(
     )
 
 
-def _render(task: TaskConfig, split: Split) -> list[_Texts]:
-    """The texts of one split, labels checked; nothing where the task has no such split."""
-    table = rows.load(task, split)
-    if table is None:
-        return []
-    templates = Template("task.input", task.input), Template("task.target", task.target)
-    columns = set[str]().union(*(template.used(table.columns, where=table.where) for template in templates))
-    pairs = [
-        (templates[0].render(row, where=table.where, index=i), templates[1].render(row, where=table.where, index=i))
-        for i, row in enumerate(table.only(columns))
-    ]
-    if task.labels is None:
-        return [_Texts(split, table.where, i, text, target, None) for i, (text, target) in enumerate(pairs)]
-    _check_labels(task.labels, [target for _, target in pairs], where=table.where, is_train=split == "train")
-    place = {key: i for i, key in enumerate(task.labels)}
-    return [_Texts(split, table.where, i, text, task.labels[key], place[key]) for i, (text, key) in enumerate(pairs)]
-
-
-def _check_labels(labels: dict[str, str], found: Sequence[str], *, where: str, is_train: bool) -> None:
-    """Both directions: every rendered target is a key, and every key occurs in the train split."""
-    counts = Counter(found)
-    unknown = [(value, count) for value, count in counts.most_common() if value not in labels]
-    if unknown:
-        value = unknown[0][0]
-        close = difflib.get_close_matches(value, labels, n=1) or [key for key in labels if key.strip() == value.strip()]
-        hint = f"Did you mean {close[0]!r}?" if close else "Add it to task.labels, or correct the rows."
-        listed = ", ".join(f"{value!r} ({count} times)" for value, count in unknown[:_NUM_SHOWN])
-        more = f" and {len(unknown) - _NUM_SHOWN} more" if len(unknown) > _NUM_SHOWN else ""
-        raise DataError(
-            f"{where}: task.target renders {listed}{more}, first in row {list(found).index(value)} (counted from 0); "
-            f"the keys of task.labels are {', '.join(map(repr, labels))}. {hint}"
-        )
-    absent = [key for key in labels if key not in counts]
-    if is_train and absent:
-        raise DataError(
-            f"task.labels: {', '.join(map(repr, absent))} never occur(s) in {where}; task.target renders "
-            f"{', '.join(map(repr, sorted(counts)))} there. Take the key out, or check the file."
-        )
-
-
 def _choices(
-    encoder: TextEncoder, texts: Sequence[_Texts], inputs: Sequence[Ids], targets: Sequence[Ids], words: tuple[str, ...]
+    encoder: TextEncoder, texts: Sequence[Text], inputs: Sequence[Ids], targets: Sequence[Ids], words: tuple[str, ...]
 ) -> list[tuple[Ids, ...]]:
     """The ids of every label's words behind every input.
 
@@ -252,15 +214,19 @@ def _choices(
     return behind(range(len(texts)))
 
 
-def _cut(ids: Ids, *, num_start: int, most: int | None) -> Ids:
-    """The last tokens, behind what the tokenizer opens a text with. `most` counts both."""
+def _cut(ids: Ids, task: TaskConfig, *, num_start: int, num_end: int) -> Ids:
+    """task.max_text_tokens of the ids, those that open and close every text among them."""
+    most = task.max_text_tokens
     if most is None or len(ids) <= most:
         return ids
-    if most <= num_start:
+    num_kept = num_start + (num_end if task.cut == "end" else 0)
+    if most <= num_kept:
         raise DataError(
-            f"task.max_text_tokens={most} leaves no room for text: this base's tokenizer opens every text "
-            f"with {num_start} token(s). Raise it above {num_start}."
+            f"task.max_text_tokens={most} leaves no room for text: with this base's tokenizer every text has "
+            f"{num_kept} token(s) that stay. Raise it above {num_kept}."
         )
+    if task.cut == "end":
+        return ids[: most - num_end] + ids[len(ids) - num_end :]
     return ids[:num_start] + ids[len(ids) - (most - num_start) :]
 
 
@@ -268,13 +234,14 @@ def _eos(tokenizer: "PreTrainedTokenizerBase") -> int:
     eos: int | None = tokenizer.eos_token_id
     if eos is None:
         raise DataError(
-            "task.labels: left out, so targets are generated, but this base's tokenizer has no end-of-sequence token "
-            "and a generation would not end. Give labels, or a base whose tokenizer has an eos_token."
+            "task.labels: left out, or the base is an encoder-decoder, so targets end with an end-of-sequence token, "
+            "but this base's tokenizer has none. Take a base whose tokenizer has an eos_token, or give a decoder-only "
+            "base labels."
         )
     return eos
 
 
-def _refuse_empty(texts: Sequence[_Texts], inputs: Sequence[Ids], targets: Sequence[Ids]) -> None:
+def _refuse_empty(texts: Sequence[Text], inputs: Sequence[Ids], targets: Sequence[Ids]) -> None:
     for text, ids, target_ids in zip(texts, inputs, targets, strict=True):
         if not ids or not target_ids:
             key = "task.input" if not ids else "task.target"
@@ -285,7 +252,7 @@ def _refuse_empty(texts: Sequence[_Texts], inputs: Sequence[Ids], targets: Seque
             )
 
 
-def _refuse_alike(task: TaskConfig, texts: Sequence[_Texts], choices: Sequence[tuple[Ids, ...]]) -> None:
+def _refuse_alike(task: TaskConfig, texts: Sequence[Text], choices: Sequence[tuple[Ids, ...]]) -> None:
     for text, choices_ids in zip(texts, choices, strict=True):
         if len(set(choices_ids)) < len(choices_ids):
             raise DataError(
@@ -297,7 +264,7 @@ def _refuse_alike(task: TaskConfig, texts: Sequence[_Texts], choices: Sequence[t
 
 def _refuse_long(
     task: TaskConfig,
-    texts: Sequence[_Texts],
+    texts: Sequence[Text],
     inputs: Sequence[Ids],
     targets: Sequence[Ids],
     choices: Sequence[tuple[Ids, ...]],
@@ -326,6 +293,6 @@ def _refuse_long(
     raise DataError(
         f"{key}: {len(long)} of {len(texts)} examples are too long; the longest, row {texts[most].index} (counted "
         f"from 0) of {texts[most].where}, has {totals[most]} tokens ({len(inputs[most])} of input, {behind[most]} of "
-        f"target); {limit}. Set task.max_text_tokens to at most {room}, which cuts inputs at their beginning, "
+        f"target); {limit}. Set task.max_text_tokens to at most {room}, which cuts inputs at their {task.cut}, "
         f"or lower adapters.*.length."
     )

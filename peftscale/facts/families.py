@@ -150,7 +150,7 @@ _FAMILIES: dict[str, _Family] = {
 
 def read(model: str, raw: Mapping[str, Any]) -> BaseFacts | None:
     """The facts of a config.json, or None where the table does not cover it."""
-    return _t5(model, raw) if raw["model_type"] == "t5" else _decoder(model, raw)
+    return _t5(model, raw) if raw["model_type"] in ("t5", "mt5") else _decoder(model, raw)
 
 
 def _decoder(model: str, raw: Mapping[str, Any]) -> BaseFacts | None:
@@ -218,11 +218,14 @@ def _size(text: str, sizes: Mapping[str, int]) -> int:
 
 
 def _t5(model: str, raw: Mapping[str, Any]) -> BaseFacts | None:
-    """T5 and T5 v1.1. A separate head (v1.1) is counted, though transformers ties it until the weights differ."""
+    """T5, T5 v1.1 and mT5. The last two have a head of their own, though transformers ties it until it sees the
+    weights. A config of T5 v1.1 says that the head is not tied or, written by a newer transformers, that outputs are
+    not scaled."""
     if not has(raw, "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size"):
         return None
     hidden, size, feed, heads, vocab = (raw[key] for key in ("d_model", "d_kv", "d_ff", "num_heads", "vocab_size"))
-    act = str(raw.get("feed_forward_proj", "relu"))
+    is_mt5 = raw["model_type"] == "mt5"
+    act = str(raw.get("feed_forward_proj", "gated-gelu" if is_mt5 else "relu"))
     inputs = ("wi_0", "wi_1") if act.startswith("gated") else ("wi",)
     depths = {"encoder": raw["num_layers"], "decoder": raw.get("num_decoder_layers") or raw["num_layers"]}
     units = [_unit("shared", "embedding", (), [("weight", (vocab, hidden))])]
@@ -243,7 +246,7 @@ def _t5(model: str, raw: Mapping[str, Any]) -> BaseFacts | None:
                 dense.append(("layer.0.SelfAttention.relative_attention_bias.weight", (buckets, heads)))
             units.append(_unit(f"{stack}.block.{index}", "block", linears, dense))
         units.append(_unit(f"{stack}.final_layer_norm", "norm", (), [("weight", (hidden,))]))
-    is_tied = raw.get("tie_word_embeddings") is not False
+    is_tied = not is_mt5 and False not in (raw.get("tie_word_embeddings"), raw.get("scale_decoder_outputs"))
     units.append(_head("lm_head", "shared" if is_tied else "lm_head", vocab, hidden))
     return BaseFacts(
         model=model,
@@ -259,6 +262,7 @@ def _t5(model: str, raw: Mapping[str, Any]) -> BaseFacts | None:
         is_tied=is_tied,
         is_encoder_decoder=True,
         units=in_order(units),
+        num_decoder_layers=depths["decoder"],
     )
 
 

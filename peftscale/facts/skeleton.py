@@ -67,7 +67,16 @@ def read(model_dir: Path) -> BaseFacts:
         is_tied=head.weight is embedding.weight,
         is_encoder_decoder=bool(config.is_encoder_decoder),
         units=in_order(units),
+        num_decoder_layers=_decoder_layers(model, units),
     )
+
+
+def _decoder_layers(model: Any, units: Sequence[UnitFacts]) -> int:
+    """How many of the blocks are the decoder's of an encoder-decoder."""
+    if not model.config.is_encoder_decoder:
+        return 0
+    decoder = next(name for name, module in model.named_modules() if module is model.get_decoder())
+    return sum(unit.kind == "block" and unit.name.startswith(f"{decoder}.") for unit in units)
 
 
 def _meta_model(config: Any) -> Any:
@@ -81,7 +90,7 @@ def _meta_model(config: Any) -> Any:
 
 def _block_names(model: Any, text: Any, model_dir: Path) -> list[str]:
     """Full names of the transformer blocks: the module lists that are as long as the model is deep."""
-    depths = {text.num_hidden_layers, getattr(text, "num_decoder_layers", None)}
+    depths = {text.num_hidden_layers, *(getattr(text, key, None) for key in ("num_decoder_layers", "decoder_layers"))}
     lists = [name for name, m in model.named_modules() if type(m).__name__ == "ModuleList" and len(m) in depths]
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     stacks = outer if model.config.is_encoder_decoder else outer[:1]

@@ -117,6 +117,8 @@ class BaseFacts:
     """The head is the input embedding again: its unit names the embedding's tensor, which is stored once."""
     is_encoder_decoder: bool
     units: tuple[UnitFacts, ...]
+    num_decoder_layers: int = 0
+    """Those of the blocks that have a cross attention beside their own: the decoder's of an encoder-decoder."""
 
     @property
     def stored_units(self) -> tuple[UnitFacts, ...]:
@@ -129,8 +131,8 @@ class BaseFacts:
 
     @property
     def prefix_width(self) -> int:
-        """Numbers of one virtual token of a prefix: keys and values of all layers."""
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim
+        """Numbers of one virtual token of a prefix: keys and values of all attention layers."""
+        return (self.num_layers + self.num_decoder_layers) * 2 * self.num_kv_heads * self.head_dim
 
     def packed_bytes(self, quantization: Quantization, dtype_bytes: int, world: int = 1) -> int:
         """Stored bytes of the whole base; with `world`, including its padding."""

@@ -10,33 +10,46 @@ from dataclasses import replace
 
 from rich.table import Table
 
-from peftscale.config import Frozen, RunConfig
+from peftscale.config import BaseConfig, Frozen, RunConfig
+from peftscale.errors import ConfigError
 from peftscale.facts import BaseFacts, dtype_bytes
 from peftscale.plan.hardware import Hardware, detect
 from peftscale.plan.memory import (
     Mode,
     Setting,
     activation_bytes,
+    file_rows,
     gathered_bytes,
+    positions,
     rank_parts,
     step_rows,
     target_tokens,
     token_width,
-    trained_numbers,
+    weight_parts,
 )
 
-__all__ = ["Hardware", "Plan", "activation_bytes", "detect", "make", "show", "table"]
+__all__ = ["Hardware", "Placement", "Plan", "activation_bytes", "detect", "make", "place", "show", "table"]
 
 REPLICATE_BELOW = 0.55
 """A packed base that takes at most this part of a device is replicated: no gathers, and room left for activations."""
 CONTROL_BYTES = 64
 """Most bytes an adapter may send in a step beside its gradient: loss, token counts, flags."""
 MANIFEST_BYTES = 16_384
-"""Allowance for the JSON files of a checkpoint, and again for those of each adapter."""
+"""Allowance for JSON in a checkpoint: two for the run with its random state, one for each adapter."""
 _FLOPS_REACHED = 0.4  # of the peak; 70B QLoRA runs report 0.22-0.42
 
 
-class Plan(Frozen):
+class Placement(Frozen):
+    """Where the base lies. Enough to load it."""
+
+    sharding: Mode
+    reason: str
+    """Why this sharding."""
+    prefetch_elements: int
+    """Storage elements that ZeRO-3 may gather ahead of use: one block on GPUs, 0 on CPU and without sharding."""
+
+
+class Plan(Placement):
     """All figures of a run. Bytes are those of one rank unless the name says otherwise."""
 
     name: str
@@ -46,9 +59,6 @@ class Plan(Frozen):
     quantization: str
     hardware: str
     world_size: int
-    sharding: Mode
-    reason: str
-    """Why this sharding."""
     packed_bytes: int
     """The whole base as it is stored, over all ranks once."""
     slice_bytes: int
@@ -76,12 +86,10 @@ class Plan(Frozen):
     """The gradient all-reduce: exactly the adapters' bytes, 0 with one rank."""
     control_bytes_per_step: int
     """Upper bound for everything else."""
-    prefetch_elements: int
-    """Storage elements that ZeRO-3 may gather ahead of use: one block on GPUs, 0 on CPU and without sharding."""
     adapter_file_bytes: int
     """One safetensors file for each adapter; their sum."""
     checkpoint_bytes: int
-    """Adapters, networks that re-parametrise them, optimizer moments and an allowance for JSON."""
+    """What is trained as it is now, adapters at their best, optimizer moments and an allowance for JSON."""
     fits: bool
     problems: tuple[str, ...]
     """Why the run cannot be, each with what would help. Empty when `fits`."""
@@ -123,25 +131,19 @@ def make(
     tokens = tokens_per_pass if tokens_per_pass is not None else cfg.train.microbatch_tokens
     notes = []
     if passes_per_step is None:
-        passes_per_step = _passes(cfg, world)
+        passes_per_step = _passes(cfg, facts, world)
         if _max_text_tokens(cfg) is None:
             notes.append("task.max_text_tokens is not given, so one pass a step is assumed.")
     dense = dtype_bytes(cfg.base.compute_dtype)
-    packed = facts.packed_bytes(cfg.base.quantization, dense)
-    mode, reason = _mode(cfg, packed, hardware, world)
-    setting = Setting(world, mode, cfg.base.quantization, cfg.base.checkpoint_activations, tokens)
+    placed = _placement(cfg.base, facts, hardware, world)
+    setting = Setting(world, placed.sharding, cfg.base.quantization, cfg.base.checkpoint_activations, tokens)
     parts = rank_parts(cfg, facts, setting)
     peak, memory = sum(parts.values()), hardware.rank_bytes(world)
     problems = _shape_problems(cfg, facts, hardware, world)
     if peak > memory:
         problems.append(_too_big(cfg, facts, hardware, setting, parts, memory))
-    is_sharded = mode == "world"
-    gathered = gathered_bytes(facts, setting, dense) * passes_per_step if is_sharded else 0
-    block = max(u.storage_elements(cfg.base.quantization) for u in facts.units if u.kind == "block")
-    adapter_files = sum(_safetensors_bytes(a.length, token_width(a, facts)) for a in cfg.adapters.values())
-    networks = sum(
-        trained_numbers(a, facts) * 4 for a in cfg.adapters.values() if a.kind == "prefix" and a.reparam == "mlp"
-    )
+    gathered = gathered_bytes(facts, setting, dense) * passes_per_step if placed.sharding == "world" else 0
+    adapter_files = sum(_safetensors_bytes(file_rows(a), token_width(a, facts)) for a in cfg.adapters.values())
     notes += _notes(cfg, facts, hardware, setting, gathered // max(1, passes_per_step))
     return Plan(
         name=cfg.name,
@@ -150,9 +152,10 @@ def make(
         quantization=cfg.base.quantization,
         hardware=hardware.label,
         world_size=world,
-        sharding=mode,
-        reason=reason,
-        packed_bytes=packed,
+        sharding=placed.sharding,
+        reason=placed.reason,
+        prefetch_elements=placed.prefetch_elements,
+        packed_bytes=facts.packed_bytes(cfg.base.quantization, dense),
         **parts,
         peak_rank_bytes=peak,
         rank_memory_bytes=memory,
@@ -161,20 +164,48 @@ def make(
         gathered_bytes_per_step=gathered,
         reduced_bytes_per_step=parts["adapter_bytes"] if world > 1 else 0,
         control_bytes_per_step=CONTROL_BYTES * len(cfg.adapters) if world > 1 else 0,
-        prefetch_elements=block if is_sharded and hardware.kind == "cuda" else 0,
         adapter_file_bytes=adapter_files,
-        checkpoint_bytes=adapter_files + networks + parts["optimizer_bytes"] + MANIFEST_BYTES * (1 + len(cfg.adapters)),
+        checkpoint_bytes=parts["adapter_bytes"]
+        + adapter_files
+        + parts["optimizer_bytes"]
+        + MANIFEST_BYTES * (2 + len(cfg.adapters)),
         fits=not problems,
         problems=tuple(problems),
         notes=tuple(notes),
     )
 
 
-def _mode(cfg: RunConfig, packed: int, hardware: Hardware, world: int) -> tuple[Mode, str]:
+def place(cfg: BaseConfig, facts: BaseFacts, hardware: Hardware, *, world: int) -> Placement:
+    """Plan a base alone, for work that is not known beforehand.
+
+    Raises:
+        ConfigError: its weights do not fit by themselves.
+    """
+    placed = _placement(cfg, facts, hardware, world)
+    setting = Setting(world, placed.sharding, cfg.quantization, cfg.checkpoint_activations, tokens=0)
+    need = sum(weight_parts(facts, setting, dtype_bytes(cfg.compute_dtype)).values())
+    if need > hardware.rank_bytes(world):
+        raise ConfigError(
+            f"base.model={facts.model}: its weights take {show(need)} of a rank ({cfg.quantization}, {placed.sharding} "
+            f"over {world} rank(s)), and {show(hardware.rank_bytes(world))} of {hardware.name} may be filled. Store "
+            f"them in fewer bits (base.quantization), shard them over more ranks, or take larger devices."
+        )
+    return placed
+
+
+def _placement(cfg: BaseConfig, facts: BaseFacts, hardware: Hardware, world: int) -> Placement:
+    sharding, reason = _mode(cfg, facts, hardware, world)
+    block = max(unit.storage_elements(cfg.quantization) for unit in facts.units if unit.kind == "block")
+    prefetches = sharding == "world" and hardware.kind == "cuda"
+    return Placement(sharding=sharding, reason=reason, prefetch_elements=block if prefetches else 0)
+
+
+def _mode(cfg: BaseConfig, facts: BaseFacts, hardware: Hardware, world: int) -> tuple[Mode, str]:
     if world == 1:
         return "replicated", "one rank holds everything"
-    if cfg.base.sharding != "auto":
-        return cfg.base.sharding, f"base.sharding={cfg.base.sharding}"
+    if cfg.sharding != "auto":
+        return cfg.sharding, f"base.sharding={cfg.sharding}"
+    packed = facts.packed_bytes(cfg.quantization, dtype_bytes(cfg.compute_dtype))
     device = hardware.memory_bytes if hardware.kind == "cuda" else hardware.rank_bytes(world)
     part = packed / max(1, device)
     if part <= REPLICATE_BELOW:
@@ -188,12 +219,12 @@ def _max_text_tokens(cfg: RunConfig) -> int | None:
     return None if None in limits else max(limit for limit in limits if limit is not None)
 
 
-def _passes(cfg: RunConfig, world: int) -> int:
+def _passes(cfg: RunConfig, facts: BaseFacts, world: int) -> int:
     most = _max_text_tokens(cfg)
     if most is None:
         return 1
     target = max(target_tokens(cfg.adapter_task(name)) for name in cfg.adapters)
-    row = max(a.length for a in cfg.adapters.values()) + most + target
+    row = max(positions(a, facts) for a in cfg.adapters.values()) + most + target
     return math.ceil(step_rows(cfg, world) / max(1, cfg.train.microbatch_tokens // row))
 
 
@@ -215,7 +246,8 @@ def _shape_problems(cfg: RunConfig, facts: BaseFacts, hardware: Hardware, world:
     for name, adapter in cfg.adapters.items():
         task = cfg.adapter_task(name)
         text, target = task.max_text_tokens or 1, target_tokens(task) if task.labels is None else 1
-        row = adapter.length + text + target
+        virtual = positions(adapter, facts)
+        row = virtual + text + target
         if facts.max_positions is not None and row > facts.max_positions:
             problems.append(
                 f"adapters.{name}.length={adapter.length} and {text} text and {target} target token(s) make {row}, "
@@ -224,7 +256,7 @@ def _shape_problems(cfg: RunConfig, facts: BaseFacts, hardware: Hardware, world:
         if row > cfg.train.microbatch_tokens:
             problems.append(
                 f"train.microbatch_tokens={cfg.train.microbatch_tokens} does not hold one row of adapters.{name}: "
-                f"{adapter.length} virtual, {text} text and {target} target token(s) make {row}; raise it to {row}."
+                f"{virtual} virtual, {text} text and {target} target token(s) make {row}; raise it to {row}."
             )
     return problems
 
@@ -247,7 +279,7 @@ def _too_big(
     fewer = setting.tokens
     while fewer > 1 and not is_enough(replace(setting, tokens=fewer)):
         fewer //= 2
-    row = max(a.length for a in cfg.adapters.values()) + (_max_text_tokens(cfg) or 1) + 1
+    row = max(positions(a, facts) for a in cfg.adapters.values()) + (_max_text_tokens(cfg) or 1) + 1
     if fewer >= row:
         ways.append(f"train.microbatch_tokens={fewer}")
     if hardware.kind == "cuda":
@@ -266,8 +298,6 @@ def _too_big(
 
 def _notes(cfg: RunConfig, facts: BaseFacts, hardware: Hardware, setting: Setting, gathered: int) -> list[str]:
     notes = []
-    if facts.is_encoder_decoder:
-        notes.append("encoder-decoder: planned only; this version loads decoder-only models.")
     if cfg.base.compute_dtype == "bfloat16" and hardware.name.startswith("V100"):
         notes.append("V100 has no bfloat16 units: expect it to be slow.")
     if setting.sharding == "world" and hardware.kind == "cuda":

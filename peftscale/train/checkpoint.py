@@ -27,7 +27,7 @@ from peftscale.train.optim import AdapterOptimizer
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 _MANIFEST, _STATE, _ADAPTERS, _MOMENTS = "manifest.json", "state.json", "adapters.safetensors", "optimizer.safetensors"
 
 
@@ -107,24 +107,41 @@ def save_(state: State, root: Path, identity: Identity, *, keep: int) -> Path:
     }
     tensors |= {f"{name}/best": rows for name, rows in state.best_rows.items()}
     moments = {f"{name}/{k}": v for name, optimizer in state.optimizers.items() for k, v in optimizer.state().items()}
+    content = {
+        "step": state.step,
+        "seconds": state.seconds,
+        "num_skipped": state.num_skipped,
+        "progress": {name: asdict(progress) for name, progress in state.progress.items()},
+    }
+    return write_(root, content, tensors, moments, identity, keep=keep)
+
+
+def write_(
+    root: Path,
+    content: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    identity: Identity,
+    *,
+    keep: int,
+) -> Path:
+    """Write the parts of a checkpoint under `root` and prune older ones; `read` gives them back. Rank 0 alone calls it.
+
+    Args:
+        content: plain values; "step" among them.
+
+    Raises:
+        CheckpointError: as `save_`.
+    """
     files = {
         _ADAPTERS: save({name: t.cpu().contiguous() for name, t in tensors.items()}),
         _MOMENTS: save({name: t.cpu().contiguous() for name, t in moments.items()}),
-        _STATE: _json(
-            {
-                "step": state.step,
-                "seconds": state.seconds,
-                "num_skipped": state.num_skipped,
-                "progress": {name: asdict(progress) for name, progress in state.progress.items()},
-                "torch_rng": torch.random.get_rng_state().tolist(),
-                **asdict(identity),
-            }
-        ),
+        _STATE: _json({**content, "torch_rng": torch.random.get_rng_state().tolist(), **asdict(identity)}),
     }
     files[_MANIFEST] = _json(
-        {"format": FORMAT, "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}}
+        {"format": FORMAT, "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}}
     )
-    target = root / f"step-{state.step}"
+    target = root / f"step-{content['step']}"
     try:
         directory.write(target, files)
     except OSError as error:
@@ -157,19 +174,22 @@ def newest(root: Path, *, note: Callable[[str], None] = log.warning) -> Path | N
         note: told of every checkpoint that is passed over, and why.
 
     Raises:
-        CheckpointError: there are checkpoints and none of them is whole.
+        CheckpointError: there are checkpoints and none of them can be used.
     """
     candidates = _newest_first(root)
+    reasons = []
     for path in candidates:
         try:
             _verified(path)
         except CheckpointError as error:
+            reasons.append(str(error))
             note(f"{error}; trying the one before it")
             continue
         return path
     if candidates:
         raise CheckpointError(
-            f"{root}: none of the {len(candidates)} checkpoint(s) is whole. Start a new run under another name."
+            f"{root}: none of the {len(candidates)} checkpoint(s) can be used. {reasons[0]}. "
+            f"Start a new run under another name."
         )
     return None
 
@@ -180,10 +200,20 @@ def take_over_(state: State, path: Path, identity: Identity) -> None:
     Raises:
         CheckpointError: it is not whole, or belongs to another base or another run file.
     """
+    _take_over(state, *read(path, identity))
+
+
+def read(path: Path, identity: Identity) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """Values, tensors and moments that `write_` was given; torch's random state is set to what it was.
+
+    Raises:
+        CheckpointError: it is not whole, or belongs to another base or another run file.
+    """
     files = _verified(path)
     content = json.loads(files[_STATE])
     _refuse_other_run(path, content, identity)
-    _take_over(state, content, load(files[_ADAPTERS]), load(files[_MOMENTS]))
+    torch.random.set_rng_state(torch.tensor(content["torch_rng"], dtype=torch.uint8))
+    return content, load(files[_ADAPTERS]), load(files[_MOMENTS])
 
 
 def _take_over(
@@ -202,7 +232,6 @@ def _take_over(
             state.best_rows[name] = tensors[f"{name}/best"].to(device)
         own = {k.removeprefix(f"{name}/"): v.to(device) for k, v in moments.items() if k.startswith(f"{name}/")}
         state.optimizers[name].restore(own)
-    torch.random.set_rng_state(torch.tensor(content["torch_rng"], dtype=torch.uint8))
 
 
 def _refuse_other_run(path: Path, content: dict[str, Any], identity: Identity) -> None:
@@ -238,14 +267,18 @@ def _verified(path: Path) -> dict[str, bytes]:
     """Every file of a checkpoint, read once and compared with the manifest."""
     try:
         manifest = json.loads((path / _MANIFEST).read_bytes())
-        is_known = manifest["format"] == FORMAT
+        written = manifest["format"]
         hashes: dict[str, str] = manifest["sha256"]
         files = {name: (path / name).read_bytes() for name in (_STATE, _ADAPTERS, _MOMENTS)}
         wrong = [name for name, data in files.items() if hashlib.sha256(data).hexdigest() != hashes.get(name)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"checkpoint {path} is not whole ({type(error).__name__}: {error})") from error
-    if not is_known or wrong:
-        raise CheckpointError(f"checkpoint {path} is damaged ({', '.join(wrong) or 'unknown format'})")
+    if written != FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path} has format {written!r}, this version reads {FORMAT}: another version wrote it"
+        )
+    if wrong:
+        raise CheckpointError(f"checkpoint {path} is damaged ({', '.join(wrong)})")
     return files
 
 

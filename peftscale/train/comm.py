@@ -7,6 +7,7 @@ DeepSpeed's own trace checks are told apart. Parameter sharding is `base.shard`.
 
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -139,7 +140,8 @@ def traffic() -> Traffic:
 
 
 @contextmanager
-def _labelled(kind: Kind) -> Iterator[None]:
+def labelled(kind: Kind) -> Iterator[None]:
+    """Count every collective of the block as of this kind, whoever makes it."""
     before, _tap.label = _tap.label, kind
     try:
         yield
@@ -166,7 +168,7 @@ def reduce_(tensors: Sequence[Tensor]) -> None:
     if world_size() == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    with _labelled("reduced"):
+    with labelled("reduced"):
         dist.all_reduce(flat)
     for tensor, piece in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(piece.view_as(tensor))
@@ -175,9 +177,23 @@ def reduce_(tensors: Sequence[Tensor]) -> None:
 def sum_(values: Tensor) -> Tensor:
     """Sum a small control tensor over all ranks, in place. Returns it."""
     if world_size() > 1:
-        with _labelled("control"):
+        with labelled("control"):
             dist.all_reduce(values)
     return values
+
+
+def is_same(content: bytes) -> bool:
+    """Whether every rank has this content, in 16 bytes. Every rank gets the same answer.
+
+    Compares 24 bits of a checksum: it is there to find mistakes, of which one in 16 million gets through.
+    """
+    if world_size() == 1:
+        return True
+    mark = zlib.crc32(content) >> 8  # so that the squares of all ranks add up exactly
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    total, squares = sum_(torch.tensor([mark, mark * mark], device=device)).tolist()
+    # The sum of (other - mark)^2 over all ranks: 0 on every rank, or on none.
+    return bool(squares - 2 * mark * total + world_size() * mark * mark == 0)
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -188,7 +204,7 @@ def gather_objects(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    with _labelled("control"):
+    with labelled("control"):
         dist.all_gather_object(values, value)
     return values
 

@@ -1,6 +1,7 @@
-"""Evaluation: predictions of adapters over a split, gathered from the ranks, scored once.
+"""Evaluation: predictions of adapters on tasks, gathered from the ranks, scored once.
 
-Classification compares the likelihood of the label words behind the input; anything else is generated greedily.
+Rows of all adapters and all tasks share passes. Classification compares the likelihood of the label words behind the
+input; anything else is generated greedily.
 Every rank makes the same number of passes, whatever the split's size. Scores themselves are `data.metrics`.
 
 Shapes:  M target positions   V vocabulary   C labels
@@ -14,8 +15,7 @@ import torch
 
 from peftscale.adapters import Adapter, Folded
 from peftscale.base.load import Base
-from peftscale.base.padded import generate, generates_with
-from peftscale.base.passes import target_logits
+from peftscale.base.passes import generate, generates_with, target_logits
 from peftscale.config import Metric
 from peftscale.data import metrics as scores
 from peftscale.data.batches import Item, choice_items, generation_items, plan_passes
@@ -28,15 +28,29 @@ BASE_ALONE = ""
 
 
 @dataclass(frozen=True)
+class Cell:
+    """One adapter on one task."""
+
+    adapter: str
+    """Its name, or BASE_ALONE."""
+    task: TaskData
+    examples: Sequence[Example]
+    """Of one split. At least one."""
+    metrics: Sequence[Metric]
+    """() scores nothing."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Result of one adapter on one split, the same on every rank."""
 
     metrics: dict[str, float]
     predictions: tuple[int, ...] | tuple[str, ...]
     """A label index or a text for every example, in the split's order."""
-    truths: tuple[int, ...] | tuple[str, ...]
+    likelihoods: tuple[tuple[float, ...], ...]
+    """Log-likelihood of the words of each label, in nats, for every example; () where texts are generated."""
     seconds: float
-    """Of all adapters that were evaluated together."""
+    """Of all cells that were evaluated together."""
 
 
 def run(
@@ -49,31 +63,72 @@ def run(
     microbatch_tokens: int,
     with_base_alone: bool = False,
 ) -> dict[str, Evaluation]:
-    """Evaluate all adapters over `examples` in the same passes. Every rank calls it.
+    """All adapters on one task: `run_cells`, by adapter.
 
     Args:
         adapters: name -> adapter.
         with_base_alone: evaluate the base without a prompt too, under the name BASE_ALONE.
     """
+    names = [*adapters, BASE_ALONE] if with_base_alone else list(adapters)
+    cells = [Cell(name, task, examples, metrics) for name in names]
+    return dict(zip(names, run_cells(base, adapters, cells, microbatch_tokens=microbatch_tokens), strict=True))
+
+
+def run_cells(
+    base: Base, adapters: Mapping[str, Adapter], cells: Sequence[Cell], *, microbatch_tokens: int
+) -> list[Evaluation]:
+    """Evaluate any adapters on any tasks, rows of all of them in the same passes. Every rank calls it.
+
+    Args:
+        adapters: name -> adapter, of at least those that cells name.
+        cells: what to evaluate. What is classified goes through passes of its own, what is generated through others.
+
+    Returns:
+        One result for each cell, in their order.
+    """
+    if not cells:
+        return []
     start = time.perf_counter()
-    lengths = {name: adapter.length for name, adapter in adapters.items()}
-    if with_base_alone:
-        lengths[BASE_ALONE] = 0
+    lengths = {BASE_ALONE: 0, **{name: adapter.num_positions for name, adapter in adapters.items()}}
     base.eval()
     with torch.no_grad():
         folded = {name: adapter.folded() for name, adapter in adapters.items()}
-        found = (_classify if task.labels else _generate)(
-            base, folded, lengths, task, examples, microbatch_tokens=microbatch_tokens
-        )
+        likelihoods = _classify(base, folded, lengths, cells, microbatch_tokens=microbatch_tokens)
+        texts = _generate(base, folded, lengths, cells, microbatch_tokens=microbatch_tokens)
     base.train()
     seconds = time.perf_counter() - start
-    results = {}
-    for name in lengths:
-        predictions = tuple(found[name, example.index] for example in examples)
-        truths = tuple(e.label if task.labels else e.target_text for e in examples)
-        scored = scores.score(metrics, predictions, truths, num_labels=len(task.labels))  # type: ignore[arg-type]
-        results[name] = Evaluation(scored, predictions, truths, seconds)  # type: ignore[arg-type]
+    results = []
+    for number, cell in enumerate(cells):
+        places = [(number, example.index) for example in cell.examples]
+        found = tuple(likelihoods[place] for place in places) if cell.task.labels else ()
+        predictions = tuple(map(likeliest, found)) if cell.task.labels else tuple(texts[place] for place in places)
+        scored = score(cell, predictions) if cell.metrics else {}
+        results.append(Evaluation(scored, predictions, found, seconds))
     return results
+
+
+def likeliest(of_labels: Sequence[float]) -> int:
+    """The label with the largest value, the first of equal ones."""
+    return max(range(len(of_labels)), key=of_labels.__getitem__)
+
+
+def score(cell: Cell, predictions: Sequence[int] | Sequence[str]) -> dict[str, float]:
+    """The cell's metrics of these predictions, labels or texts in the order of its examples."""
+    metrics, task, examples = cell.metrics, cell.task, cell.examples
+    if task.labels:
+        return scores.of_labels(
+            metrics,
+            [int(label) for label in predictions],
+            [example.label or 0 for example in examples],
+            num_labels=len(task.labels),
+            groups=[example.group for example in examples],
+        )
+    return scores.of_texts(
+        metrics,
+        [str(text) for text in predictions],
+        [example.references for example in examples],
+        holds=[example.target_holds for example in examples],
+    )
 
 
 def _passes(items: Sequence[Item], microbatch_tokens: int, *, is_packed: bool) -> list[list[Item]]:
@@ -85,52 +140,61 @@ def _classify(
     base: Base,
     adapters: Mapping[str, Folded],
     lengths: Mapping[str, int],
-    task: TaskData,
-    examples: Sequence[Example],
+    cells: Sequence[Cell],
     *,
     microbatch_tokens: int,
-) -> dict[tuple[str, int], int]:
-    """(adapter, example index) -> the label whose words are likeliest."""
-    is_one_token = task.has_shared_choices and all(len(ids) == 1 for ids in examples[0].choices_ids)
+) -> dict[tuple[int, int], tuple[float, ...]]:
+    """(cell, example index) -> log-likelihood of each label's words, for the cells that have labels."""
     items: list[Item] = []
-    for name, length in lengths.items():
-        if is_one_token:  # one row answers for all labels
-            items += [Item(name, length, example, example.choices_ids[0]) for example in examples]
+    for number, cell in enumerate(cells):
+        name, length = cell.adapter, lengths[cell.adapter]
+        if not cell.task.labels:
+            continue
+        if cell.task.has_shared_choices and all(len(ids) == 1 for ids in cell.examples[0].choices_ids):
+            # One row answers for all labels.
+            items += [Item(name, length, one, one.choices_ids[0], cell=number) for one in cell.examples]
         else:
-            items += choice_items(name, length, examples)
-    likelihoods: dict[tuple[str, int], dict[int, float]] = {}
+            items += choice_items(name, length, cell.examples, cell=number)
+    if not items:
+        return {}
+    likelihoods: dict[tuple[int, int], dict[int, float]] = {}
     for of_pass in _passes(items, microbatch_tokens, is_packed=base.is_packed):
         logits_MV = target_logits(base, rows_of(of_pass, adapters))
         if not of_pass:
             continue
         logp_MV = logits_MV.log_softmax(-1).cpu()
         for item, logp_TV in zip(of_pass, logp_MV.split([len(i.target_ids) for i in of_pass]), strict=True):
-            of_example = likelihoods.setdefault((item.adapter, item.example.index), {})
+            of_example = likelihoods.setdefault((item.cell, item.example.index), {})
             if item.choice is None:
                 of_example.update({c: float(logp_TV[0, ids[0]]) for c, ids in enumerate(item.example.choices_ids)})
             else:
                 ids_T1 = torch.tensor(item.target_ids)[:, None]
                 of_example[item.choice] = float(logp_TV.gather(1, ids_T1).sum())
-    merged: dict[tuple[str, int], dict[int, float]] = {}
+    merged: dict[tuple[int, int], dict[int, float]] = {}
     for part in comm.gather_objects(likelihoods):
-        for key, of_example in part.items():
-            merged.setdefault(key, {}).update(of_example)
-    return {key: max(sorted(of_example), key=of_example.__getitem__) for key, of_example in merged.items()}
+        for place, of_example in part.items():
+            merged.setdefault(place, {}).update(of_example)
+    return {place: tuple(of_example[c] for c in sorted(of_example)) for place, of_example in merged.items()}
 
 
 def _generate(
     base: Base,
     adapters: Mapping[str, Folded],
     lengths: Mapping[str, int],
-    task: TaskData,
-    examples: Sequence[Example],
+    cells: Sequence[Cell],
     *,
     microbatch_tokens: int,
-) -> dict[tuple[str, int], str]:
-    """(adapter, example index) -> the text that was written."""
-    room = [task.num_new_tokens(example) for example in examples]
-    items = [i for n, length in lengths.items() for i in generation_items(n, length, examples, num_new_tokens=room)]
-    texts: dict[tuple[str, int], str] = {}
+) -> dict[tuple[int, int], str]:
+    """(cell, example index) -> the text that was written, for the cells without labels."""
+    items: list[Item] = []
+    for number, cell in enumerate(cells):
+        if not cell.task.labels:
+            room = [cell.task.num_new_tokens(example) for example in cell.examples]
+            name, length = cell.adapter, lengths[cell.adapter]
+            items += generation_items(name, length, cell.examples, num_new_tokens=room, cell=number)
+    if not items:
+        return {}
+    texts: dict[tuple[int, int], str] = {}
     # A row goes on until the last one of its pass, on any rank, has ended: one with less room would leave the base's
     # positions behind. So rows of different room go in different passes; as a rule there is one room for all.
     # Rows with a prefix go with those of the same one. Groups are in the order of the items, alike on every rank.
@@ -142,5 +206,5 @@ def _generate(
             written = generate(base, rows_of(of_pass, adapters), max_new_tokens=num)
             for item, ids in zip(of_pass, written, strict=True):
                 text = base.tokenizer.decode(ids, skip_special_tokens=True)
-                texts[item.adapter, item.example.index] = str(text)
-    return {key: text for part in comm.gather_objects(texts) for key, text in part.items()}
+                texts[item.cell, item.example.index] = str(text)
+    return {place: text for part in comm.gather_objects(texts) for place, text in part.items()}

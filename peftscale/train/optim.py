@@ -14,17 +14,19 @@ multiplied by the rate.
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from peftscale.config import TrainConfig
+from peftscale.adapters import Adapter, ReparametrisedPrefix, ResidualPrompt
+from peftscale.config import OptimizerConfig
 
 _BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8  # AdamW, torch's defaults
 _DECAY_POWER, _EPS_SQUARE, _CLIP_RMS = -0.8, 1e-30, 1.0  # Adafactor, the paper's
 
 
-def rate_at(cfg: TrainConfig, step: int) -> float:
+def rate_at(cfg: OptimizerConfig, step: int) -> float:
     """Learning rate of a step. A function of the step alone: there is no state to save.
 
     Args:
@@ -46,13 +48,31 @@ def rate_at(cfg: TrainConfig, step: int) -> float:
 class AdapterOptimizer:
     """The tensors of one adapter with their moments, and what a resume needs as plain tensors."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], cfg: TrainConfig) -> None:
-        """Take the tensors as they are; `cfg` is the adapter's own (`RunConfig.adapter_train`)."""
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], cfg: OptimizerConfig, *, network: Iterable[nn.Parameter] = ()
+    ) -> None:
+        """Take the tensors as they are.
+
+        Args:
+            parameters: of the adapter, all of them.
+            cfg: the adapter's own (`RunConfig.adapter_train`).
+            network: those among them that have `network_learning_rate`.
+        """
         self.cfg = cfg
         self.parameters = list(parameters)
+        own = {id(parameter) for parameter in network}
+        factor = (cfg.network_learning_rate or cfg.learning_rate) / cfg.learning_rate
+        self.factors = [factor if id(parameter) in own else 1.0 for parameter in self.parameters]
+        """What each tensor's rate is, in units of the adapter's."""
         self.num_updates = 0
         self.moments: list[dict[str, Tensor]] = [{} for _ in self.parameters]
         """For each tensor flat float32 vectors by name; empty before the first update."""
+
+    @classmethod
+    def of(cls, adapter: Adapter, cfg: OptimizerConfig) -> Self:
+        """The optimizer of an adapter and of its network, if it has one."""
+        network = adapter.network_parameters() if isinstance(adapter, ResidualPrompt | ReparametrisedPrefix) else []
+        return cls(adapter.parameters(), cfg, network=network)
 
     def update(self, step: int) -> float:
         """Clip, move the adapter by its gradient and clear it. Returns the rate used."""
@@ -125,15 +145,22 @@ def update_(optimizers: Sequence[AdapterOptimizer], step: int) -> list[float]:
     return rates
 
 
-def are_finite(groups: Sequence[Sequence[Tensor]]) -> list[bool]:
-    """Whether every value of every tensor of each group is finite: one batch of norms and one wait for the device."""
+def are_finite(groups: Sequence[Sequence[Tensor]], *, squared: bool = False) -> list[bool]:
+    """Whether every value of every tensor of each group is finite: one batch of norms and one wait for the device.
+
+    Args:
+        groups: of float32 tensors.
+        squared: whether the squares are. Asked of gradients, whose squares the moments keep: one that is infinite stays
+            so, and the adapter would stand still for good without a word.
+    """
     tensors = [tensor for group in groups for tensor in group]
     if not tensors:
         return [True] * len(groups)
     # The largest magnitude, which NaN and infinity pass through; a sum of squares could overflow by itself.
-    largest = torch.stack(torch._foreach_norm(tensors, float("inf"))).isfinite().tolist()
+    largest = torch.stack(torch._foreach_norm(tensors, float("inf")))
+    is_good = (largest.square() if squared else largest).isfinite().tolist()
     ends = list(itertools.accumulate(len(group) for group in groups))
-    return [all(largest[end - len(group) : end]) for group, end in zip(groups, ends, strict=True)]
+    return [all(is_good[end - len(group) : end]) for group, end in zip(groups, ends, strict=True)]
 
 
 def _clip_(optimizers: Sequence[AdapterOptimizer]) -> None:
@@ -158,15 +185,16 @@ def _adamw_(optimizers: Sequence[AdapterOptimizer], rates: Sequence[float]) -> N
     values, grads = _flat(optimizers)
     means, squares = _moments(optimizers, "exp_avg"), _moments(optimizers, "exp_avg_sq")
     pairs = list(zip(optimizers, rates, strict=True))
-    torch._foreach_mul_(values, _each(optimizers, [1 - rate * o.cfg.weight_decay for o, rate in pairs]))
+    decays = [1 - rate * factor * o.cfg.weight_decay for o, rate in pairs for factor in o.factors]
+    torch._foreach_mul_(values, decays)
     torch._foreach_lerp_(means, grads, 1 - _BETA1)
     torch._foreach_mul_(squares, _BETA2)
     torch._foreach_addcmul_(squares, grads, grads, 1 - _BETA2)
     under = torch._foreach_sqrt(squares)
     torch._foreach_div_(under, _each(optimizers, [(1 - _BETA2**o.num_updates) ** 0.5 for o in optimizers]))
     torch._foreach_add_(under, _EPS)
-    sizes = [-rate / (1 - _BETA1**o.num_updates) for o, rate in pairs]
-    torch._foreach_addcdiv_(values, means, under, _each(optimizers, sizes))
+    sizes = [-rate * factor / (1 - _BETA1**o.num_updates) for o, rate in pairs for factor in o.factors]
+    torch._foreach_addcdiv_(values, means, under, sizes)
 
 
 def _adafactor_(optimizers: Sequence[AdapterOptimizer], rates: Sequence[float]) -> None:
@@ -186,7 +214,8 @@ def _adafactor_(optimizers: Sequence[AdapterOptimizer], rates: Sequence[float]) 
     sizes = torch.tensor([move.numel() for move in moves], device=moves[0].device)
     rms = torch.stack(torch._foreach_norm(moves)) / sizes.sqrt()
     torch._foreach_div_(moves, list((rms / _CLIP_RMS).clamp(min=1.0).unbind()))
-    torch._foreach_mul_(moves, _each(optimizers, rates))
+    each = [rate * factor for o, rate in zip(optimizers, rates, strict=True) for factor in o.factors]
+    torch._foreach_mul_(moves, each)
     # A rate of zero, at the very end of a schedule, leaves the adapter as it is.
     decays = [o.cfg.weight_decay if rate > 0 else 0.0 for o, rate in zip(optimizers, rates, strict=True)]
     torch._foreach_mul_(values, _each(optimizers, [1 - decay for decay in decays]))

@@ -5,21 +5,26 @@ rank, and what each would decide alone (does it fit, which sharding, packed or n
 """
 
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from peftscale import facts, plan
-from peftscale.base import exactness
+from peftscale.adapters import files
+from peftscale.base import attention, exactness, flex_exactness, slots_exactness
 from peftscale.base import load as base_load
 from peftscale.base.load import Base
-from peftscale.config import RunConfig
+from peftscale.config import BaseConfig, RunConfig
 from peftscale.data import tasks
 from peftscale.data.tasks import TaskData
-from peftscale.errors import ClusterError, ConfigError, DataError
-from peftscale.plan import Plan
+from peftscale.errors import AdapterError, ClusterError, ConfigError, DataError, ModelError
+from peftscale.facts import BaseFacts
+from peftscale.plan import Hardware, Placement, Plan
 from peftscale.train import comm
 
 COLLECTIVE_TIMEOUT_S = 1800.0
+AnyPlacement = TypeVar("AnyPlacement", bound=Placement)
 
 
 def pick_device(cfg: RunConfig) -> torch.device:
@@ -41,6 +46,11 @@ def pick_device(cfg: RunConfig) -> torch.device:
             f"cluster.gpus_per_worker={each:g}: two workers cannot share one device, because NCCL refuses it. "
             f"Set it to 1, or cluster.workers=1."
         )
+    return own_gpu()
+
+
+def own_gpu() -> torch.device:
+    """The GPU of this rank, made the current one."""
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
@@ -53,49 +63,117 @@ def make_plan(cfg: RunConfig, device: torch.device, **known: int) -> Plan:
         ConfigError: it does not fit, with what would help.
     """
 
-    def local() -> Plan:
-        base_facts = facts.load(base_load.resolve(cfg.base.model, cfg.base.revision, with_weights=False))
-        hardware = plan.detect(cuda=device.type == "cuda")
+    def local(base_facts: BaseFacts, hardware: Hardware) -> Plan:
         planned = plan.make(cfg, base_facts, hardware, world=comm.world_size(), **known)
         if not planned.fits:
             raise ConfigError("\n".join(planned.problems))
         return planned
 
-    planned: Plan = comm.gather_objects(comm.together(local))[0]
+    return _agreed(cfg.base, device, local)
+
+
+def place(cfg: BaseConfig, device: torch.device) -> Placement:
+    """Where a base lies when nothing is known but the base: rank 0's answer, if it fits on every rank.
+
+    Raises:
+        ConfigError: the weights do not fit.
+    """
+    return _agreed(cfg, device, lambda of_base, machine: plan.place(cfg, of_base, machine, world=comm.world_size()))
+
+
+def _agreed(
+    cfg: BaseConfig, device: torch.device, local: Callable[[BaseFacts, Hardware], AnyPlacement]
+) -> AnyPlacement:
+    """What rank 0 plans from the base's facts and its machine, once every rank has found it possible."""
+
+    def work() -> AnyPlacement:
+        base_facts = facts.load(base_load.resolve(cfg.model, cfg.revision, with_weights=False))
+        return local(base_facts, plan.detect(cuda=device.type == "cuda"))
+
+    planned: AnyPlacement = comm.gather_objects(comm.together(work))[0]
     return planned
 
 
-def load_base(cfg: RunConfig, planned: Plan, device: torch.device) -> Base:
-    """Load the base as planned. What can fail on one rank alone (files, cache, disk) fails on all before any gather."""
-    opened = comm.together(lambda: base_load.open_(cfg.base))
-    return base_load.load(
-        cfg.base,
-        sharding=planned.sharding,
+def load_base(cfg: BaseConfig, placed: Placement, device: torch.device) -> Base:
+    """Load the base as planned. What can fail on one rank alone (files, cache, disk) fails on all before any gather.
+
+    Raises:
+        ModelError: it cannot be loaded, or is an encoder-decoder on which prompts would not be exact.
+    """
+    opened = comm.together(lambda: base_load.open_(cfg))
+    base = base_load.load(
+        cfg,
+        sharding=placed.sharding,
         device=device,
-        prefetch_elements=planned.prefetch_elements,
+        prefetch_elements=placed.prefetch_elements,
         opened=opened,
     )
+    if base.is_encoder_decoder:
+        reasons = comm.gather_objects(slots_exactness.texts_differ(base))
+        if any(reasons):
+            raise ModelError(
+                f"base.model={cfg.model}: no adapter would be exact on this base ({next(filter(None, reasons))}). "
+                f"Choose another encoder-decoder, such as a T5, or a decoder-only base."
+            )
+    return base
 
 
 def choose_packing(cfg: RunConfig, base: Base) -> str | None:
-    """Make the base packed where the run file allows it and every rank found it exact; else say why not."""
-    if cfg.train.packing == "off":
-        return None
+    """Make the base packed where the run file allows it and every rank found it exact. Returns a line for the user."""
+    return None if cfg.train.packing == "off" else pack_where_exact(base)
+
+
+def pack_where_exact(base: Base) -> str | None:
+    """Make the base packed if every rank found it exact, on CUDA through FlexAttention if that is exact too.
+
+    Returns:
+        What was chosen and why, where there was a choice: a line for the user.
+    """
     # One half after the other on all ranks: the second is a collective when the base is sharded.
     reasons = comm.gather_objects(exactness.small_copy_differs(base.model.config))
     if not any(reasons):
         reasons = comm.gather_objects(exactness.weights_differ(base))
     if any(reasons):
-        return str(next(reason for reason in reasons if reason))
+        return f"passes are padded: {next(filter(None, reasons))}"
     exactness.make_packed(base)
-    return None
+    if base.device.type != "cuda":  # FlexAttention has no backward elsewhere
+        return None
+    reasons = comm.gather_objects(flex_exactness.flex_differs(base))
+    if any(reasons):
+        return f"attention is batched, not FlexAttention: {next(filter(None, reasons))}"
+    exactness.make_packed(base, attention.FLEX)
+    return "attention is FlexAttention"
+
+
+def verify_starts(cfg: RunConfig) -> list[str]:
+    """Check the adapters that others start from before a base is loaded for them.
+
+    Returns:
+        What the user should know of them, a line each.
+
+    Raises:
+        AdapterError: one cannot be used, whatever the base.
+    """
+    notes = []
+    for name, adapter in cfg.adapters.items():
+        if adapter.init_adapter is None:
+            continue
+        where = f"adapters.{name}.init_adapter"
+        try:
+            manifest = files.verify(adapter.init_adapter)
+        except AdapterError as error:
+            raise AdapterError(f"{where}: {error}") from error
+        if manifest is None:
+            notes.append(f"{where}={adapter.init_adapter}: base not verified")
+    return notes
 
 
 def load_tasks(cfg: RunConfig) -> dict[str, TaskData]:
     """The data of each adapter, each task read once."""
     model_dir = base_load.resolve(cfg.base.model, cfg.base.revision, with_weights=False)
     base_load.make_skeleton(cfg.base, model_dir)  # a base that cannot be trained is said first
-    positions = facts.load(model_dir).max_positions
+    base_facts = facts.load(model_dir)
+    positions = base_facts.max_positions
     tokenizer = base_load.load_tokenizer(model_dir)
     alike: dict[str, list[str]] = {}
     for name in cfg.adapters:
@@ -104,7 +182,12 @@ def load_tasks(cfg: RunConfig) -> dict[str, TaskData]:
     for names in alike.values():
         room = None if positions is None else positions - max(cfg.adapters[name].length for name in names)
         try:
-            data = tasks.load(cfg.adapter_task(names[0]), tokenizer, max_tokens=room)
+            data = tasks.load(
+                cfg.adapter_task(names[0]),
+                tokenizer,
+                max_tokens=room,
+                is_encoder_decoder=base_facts.is_encoder_decoder,
+            )
         except (ConfigError, DataError) as error:
             if cfg.adapters[names[0]].task is None:
                 raise

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from peftscale.adapters import Cohort, Folded, Prefix, SoftPrompt
-from peftscale.adapters.reparam import FoldedPrefix
+from peftscale.adapters import Cohort, Folded, Prefix
+from peftscale.adapters.reparam import FoldedPrefix, FoldedPrompt
 from peftscale.base.load import Base
 from peftscale.base.padded import Row
 from peftscale.base.passes import target_losses
@@ -42,14 +43,24 @@ class StepResult:
 
 def rows_of(items: Sequence[Item], adapters: Mapping[str, Folded]) -> list[Row]:
     """The rows of one pass; an item whose adapter is not among them goes through the base alone."""
+    nothing: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    # Rows of one adapter share the very tensors: by them passes know what to compute once.
+    in_front = {name: _in_front(adapter) for name, adapter in adapters.items()}
     rows = []
     for item in items:
-        adapter = adapters.get(item.adapter)
-        prompt_PH = adapter.rows_PH if isinstance(adapter, SoftPrompt) else None
-        prefix_L2PKD = adapter.keys_values_L2PKD if isinstance(adapter, Prefix) else None
+        prompt_PH, prefix_L2PKD, decoder_prompt_QH = in_front.get(item.adapter, nothing)
         ids = (*item.example.input_ids, *item.target_ids)
-        rows.append(Row(prompt_PH, ids, len(item.target_ids), prefix_L2PKD))
+        rows.append(Row(prompt_PH, ids, len(item.target_ids), prefix_L2PKD, decoder_prompt_QH))
     return rows
+
+
+def _in_front(adapter: Folded) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Prompt, prefix and decoder's prompt of its rows."""
+    if isinstance(adapter, Prefix):
+        return None, adapter.keys_values_L2PKD, None
+    if not adapter.decoder_length:
+        return adapter.rows_PH, None, None
+    return adapter.rows_PH[: adapter.length], None, adapter.rows_PH[adapter.length :]
 
 
 def run(
@@ -73,7 +84,8 @@ def run(
     """
     start, before = time.perf_counter(), comm.traffic()
     losses = gradient(base, cohort, items, microbatch_tokens=microbatch_tokens)
-    are_finite = optim.are_finite([[p.grad for p in a.parameters() if p.grad is not None] for a in cohort.values()])
+    gradients = [[p.grad for p in adapter.parameters() if p.grad is not None] for adapter in cohort.values()]
+    are_finite = optim.are_finite(gradients, squared=True)
     # Loss and gradient are the same on every rank after the reductions, and so is this decision.
     moving = [name for name, good in zip(cohort, are_finite, strict=True) if good and torch.isfinite(losses[name])]
     skipped = [name for name in cohort if name not in moving]
@@ -131,7 +143,7 @@ def gradient(base: Base, cohort: Cohort, items: Sequence[Item], *, microbatch_to
         for item, part in zip(of_pass, parts, strict=True):
             totals_K[names.index(item.adapter)] += part.sum() / num_targets[item.adapter]
     for adapter in folded.values():
-        if isinstance(adapter, FoldedPrefix):
+        if isinstance(adapter, FoldedPrefix | FoldedPrompt):
             adapter.send_back()
     for parameter in cohort.parameters():
         if parameter.grad is None:  # this rank had no row of the adapter

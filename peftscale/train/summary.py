@@ -6,10 +6,27 @@ Adapters and scores are handed in; the steps are read from the run's own metrics
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 from peftscale import records
-from peftscale.plan import Plan
 from peftscale.records import AdapterSummary, RunSummary, StepRecord
+
+
+class Prediction(Protocol):
+    """What was said before the run: a `plan.Plan`, or what another kind of run has in its place."""
+
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def sharding(self) -> str: ...
+    @property
+    def reduced_bytes_per_step(self) -> int: ...
+    @property
+    def gathered_bytes_per_step(self) -> int: ...
+    @property
+    def control_bytes_per_step(self) -> int: ...
+    @property
+    def peak_rank_bytes(self) -> int: ...
 
 
 def steps_of(metrics: Path) -> list[StepRecord]:
@@ -20,7 +37,7 @@ def steps_of(metrics: Path) -> list[StepRecord]:
 
 def make(
     steps: Iterable[StepRecord],
-    planned: Plan,
+    planned: Prediction,
     *,
     name: str,
     is_packed: bool,

@@ -14,12 +14,12 @@ import torch
 from peftscale.adapters import Folded, Prefix, files, refuse_prefix_on
 from peftscale.base import prefixed
 from peftscale.base.load import Base
-from peftscale.config import RunConfig
+from peftscale.config import RunConfig, TaskConfig
 from peftscale.data import tasks
 from peftscale.data.rows import Split
 from peftscale.data.tasks import TaskData
-from peftscale.errors import AdapterError
 from peftscale.train import comm, evaluate, setup
+from peftscale.train.evaluate import BASE_ALONE, Cell, Evaluation
 
 
 @dataclass
@@ -32,37 +32,75 @@ class Opened:
     """What the user should know: 'base not verified'."""
 
 
-def scores(cfg: RunConfig, directories: Sequence[Path], split: Split) -> dict[str, Any]:
-    """Evaluate adapters, and the base without a prompt, on a split of the run file's task.
+@dataclass(frozen=True)
+class Evaluated:
+    """Adapters, and the base without one, on tasks."""
 
-    Returns:
-        {"split", "examples", "base": metrics, "adapters": {directory: {"metrics", "predictions"}},
-        "notes"}; `predictions` are labels or texts in the split's order.
+    tasks: list[list[tuple[Cell, Evaluation]]]
+    """Of each task the base alone, then the adapters in their order, named by their directories. Of a baseline, the
+    base as that has made it, alone."""
+    notes: list[str]
+    """What the user should know."""
+
+
+def evaluated(
+    cfg: RunConfig, directories: Sequence[Path], task_configs: Sequence[TaskConfig], split: Split
+) -> Evaluated:
+    """Evaluate every adapter, and the base without a prompt, on a split of every task, all in the same passes.
+
+    Args:
+        cfg: of the base and the passes; the run's own tasks do not count.
+        directories: of the adapters.
+        task_configs: what to evaluate on.
+        split: of each task.
+
+    Raises:
+        AdapterError: an adapter that cannot be used.
+        DataError: a task has no such split, or its data cannot be used.
     """
-    with _session(cfg) as device:
-        opened = _open(cfg, directories, device)
-        task = _task(cfg, opened, splits=(split,))
-        examples = task.split(split)
-        results = evaluate.run(
+    with session(cfg) as device:
+        opened = open_(cfg, directories, device)
+        of_tasks = on_tasks(
             opened.base,
             opened.adapters,
-            task,
-            examples,
-            metrics=cfg.task.metrics,
+            [BASE_ALONE, *opened.adapters],
+            task_configs,
+            split,
+            max_tokens=_room(opened),
             microbatch_tokens=cfg.train.microbatch_tokens,
-            with_base_alone=True,
         )
-        alone = results.pop(evaluate.BASE_ALONE)
-        return {
-            "split": split,
-            "examples": len(examples),
-            "base": alone.metrics,
-            "adapters": {
-                name: {"metrics": r.metrics, "predictions": _readable(r.predictions, task)}
-                for name, r in results.items()
-            },
-            "notes": opened.notes,
-        }
+        return Evaluated(of_tasks, opened.notes)
+
+
+def on_tasks(
+    base: Base,
+    adapters: Mapping[str, Folded],
+    names: Sequence[str],
+    task_configs: Sequence[TaskConfig],
+    split: Split,
+    *,
+    max_tokens: int | None,
+    microbatch_tokens: int,
+) -> list[list[tuple[Cell, Evaluation]]]:
+    """Each of `names` on each task, in the same passes. The result is a list for each task, in the order of names.
+
+    Args:
+        names: of adapters, and BASE_ALONE for the base as it is.
+        max_tokens: that fit behind the longest prompt.
+    """
+    cells: list[Cell] = []
+    for of_task in task_configs:
+        task = tasks.load(
+            of_task,
+            base.tokenizer,
+            max_tokens=max_tokens,
+            splits=(split,),
+            is_encoder_decoder=base.is_encoder_decoder,
+        )
+        cells += [Cell(name, task, task.split(split), of_task.metrics) for name in names]
+    results = evaluate.run_cells(base, adapters, cells, microbatch_tokens=microbatch_tokens)
+    found = list(zip(cells, results, strict=True))
+    return [found[start : start + len(names)] for start in range(0, len(found), len(names))]
 
 
 def answers(cfg: RunConfig, directories: Sequence[Path], rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
@@ -74,9 +112,16 @@ def answers(cfg: RunConfig, directories: Sequence[Path], rows: Sequence[Mapping[
     Returns:
         {"adapters": {directory: [answer, ...]}, "notes"}
     """
-    with _session(cfg) as device:
-        opened = _open(cfg, directories, device)
-        task = tasks.from_rows(cfg.task, opened.base.tokenizer, rows, max_tokens=_room(opened))
+    with session(cfg) as device:
+        opened = open_(cfg, directories, device)
+        base = opened.base
+        task = tasks.from_rows(
+            cfg.task,
+            base.tokenizer,
+            rows,
+            max_tokens=_room(opened),
+            is_encoder_decoder=base.is_encoder_decoder,
+        )
         results = evaluate.run(
             opened.base,
             opened.adapters,
@@ -85,26 +130,29 @@ def answers(cfg: RunConfig, directories: Sequence[Path], rows: Sequence[Mapping[
             metrics=(),
             microbatch_tokens=cfg.train.microbatch_tokens,
         )
-        found = {name: _readable(result.predictions, task) for name, result in results.items()}
+        found = {name: readable(result.predictions, task) for name, result in results.items()}
         return {"adapters": found, "notes": opened.notes}
 
 
 @contextmanager
-def _session(cfg: RunConfig) -> Iterator[torch.device]:
+def session(cfg: RunConfig) -> Iterator[torch.device]:
     """A process group for the length of the block, and this rank's device."""
     device = setup.pick_device(cfg)
     with comm.session(backend=comm.backend_for(device), timeout_s=setup.COLLECTIVE_TIMEOUT_S):
         yield device
 
 
-def _open(cfg: RunConfig, directories: Sequence[Path], device: torch.device) -> Opened:
-    if not directories:
-        raise AdapterError("no adapter given: name at least one directory with --adapter.")
+def open_(cfg: RunConfig, directories: Sequence[Path], device: torch.device) -> Opened:
+    """The base of a run file on this rank with these adapters, or with none. Every rank calls it, in a `session`.
+
+    Raises:
+        AdapterError: an adapter that cannot be used.
+    """
     comm.together(lambda: [files.verify(directory) for directory in directories])  # before a base is packed for them
-    base = setup.load_base(cfg, setup.make_plan(cfg, device), device)
-    why_padded = setup.choose_packing(cfg, base)
+    base = setup.load_base(cfg.base, setup.make_plan(cfg, device), device)
+    chosen = setup.choose_packing(cfg, base)
     adapters: dict[str, Folded] = {}
-    notes = [f"passes are padded: {why_padded}"] if why_padded else []
+    notes = [chosen] if chosen else []
     for directory in directories:
         adapter, info = files.load(
             directory,
@@ -115,19 +163,15 @@ def _open(cfg: RunConfig, directories: Sequence[Path], device: torch.device) -> 
         if isinstance(adapter, Prefix):
             refuse_prefix_on(base, f"adapter {directory}")
         adapters[str(directory)] = adapter.to(device)
-        if not info.base_is_verified:
-            notes.append(f"{directory}: base not verified (no peftscale.json beside the adapter)")
+        notes += [f"{directory}: {note}" for note in info.notes]
     return Opened(base, adapters, notes)
 
 
 def _room(opened: Opened) -> int | None:
     positions = opened.base.max_positions
-    return None if positions is None else positions - max(a.length for a in opened.adapters.values())
+    return None if positions is None else positions - max((a.length for a in opened.adapters.values()), default=0)
 
 
-def _task(cfg: RunConfig, opened: Opened, *, splits: tuple[Split, ...]) -> TaskData:
-    return tasks.load(cfg.task, opened.base.tokenizer, max_tokens=_room(opened), splits=splits)
-
-
-def _readable(predictions: Sequence[int] | Sequence[str], task: TaskData) -> list[str]:
+def readable(predictions: Sequence[int] | Sequence[str], task: TaskData) -> list[str]:
+    """Texts as they are, labels by their names."""
     return [task.labels[p] if isinstance(p, int) else p for p in predictions]

@@ -8,23 +8,22 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from peftscale import adapters, configio, records
-from peftscale.adapters import Cohort, files
-from peftscale.adapters.manifest import AdapterCard, BaseCard, TaskTemplate
+from peftscale.adapters import Cohort, files, peft_format
+from peftscale.adapters.manifest import AdapterCard, BaseCard, StartCard, TaskTemplate
 from peftscale.base import load as base_load
 from peftscale.base.load import Base
 from peftscale.config import RunConfig
 from peftscale.data.batches import Cursor, Item, pass_tokens, plan_passes, training_items
 from peftscale.data.rows import Split
 from peftscale.data.tasks import TaskData
-from peftscale.errors import CheckpointError
 from peftscale.plan import Plan
 from peftscale.train import checkpoint, comm, departures, evaluate, memory, setup, step, summary
 from peftscale.train.checkpoint import AdapterProgress, Identity, State
+from peftscale.train.journal import Journal
 from peftscale.train.optim import AdapterOptimizer
 from peftscale.train.step import StepResult
 
@@ -45,12 +44,8 @@ class Job:
     identity: Identity
     memory: memory.PeakMemory
     report: Report
-    unwritten: OSError | None = None
-    """Why a row of the metrics could not be written."""
-
-    @property
-    def run_dir(self) -> Path:
-        return self.cfg.run_dir
+    starts: dict[str, StartCard]
+    journal: Journal
 
     def by_task(self, names: Iterable[str]) -> list[tuple[list[str], TaskData]]:
         """Adapters that are evaluated in the same passes, in the order of the run file."""
@@ -80,13 +75,18 @@ def open_job(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, repo
     planned = setup.make_plan(cfg, device)
     # Before the base: a wrong label is known in seconds, packing may take an hour.
     data = comm.together(lambda: setup.load_tasks(cfg))
+    unverified = comm.together(lambda: setup.verify_starts(cfg))
     peak.restart()  # data and its libraries are not the base's
-    base = setup.load_base(cfg, planned, device)
-    why_padded = setup.choose_packing(cfg, base)
+    base = setup.load_base(cfg.base, planned, device)
+    chosen = setup.choose_packing(cfg, base)
     cohort = adapters.build(cfg, base)
+    starts = {
+        name: StartCard.of(cfg.adapters[name], seed=cfg.adapter_seed(name), values=_values(adapter))
+        for name, adapter in cohort.items()
+    }
     state = State(
         cohort=cohort,
-        optimizers={name: AdapterOptimizer(a.parameters(), cfg.adapter_train(name)) for name, a in cohort.items()},
+        optimizers={name: AdapterOptimizer.of(a, cfg.adapter_train(name)) for name, a in cohort.items()},
         best_rows={},
         progress={name: AdapterProgress(Cursor(cfg.adapter_seed(name))) for name in cohort},
     )
@@ -95,17 +95,16 @@ def open_job(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, repo
     )
     passes, tokens = _typical_passes(cfg, cohort, data, is_packed=base.is_packed)
     planned = setup.make_plan(cfg, device, passes_per_step=passes, tokens_per_pass=tokens)
-    job = Job(cfg, base, data, state, planned, identity, peak, report)
+    job = Job(cfg, base, data, state, planned, identity, peak, report, starts, Journal(cfg))
     _begin(job)
-    if why_padded:
-        _note(job, f"passes are padded: {why_padded}")
+    for text in (chosen, *unverified):
+        if text:
+            _note(job, text)
     return job
 
 
 def _begin(job: Job) -> None:
     """Take over the newest checkpoint, and say what should be known before the first step."""
-    if comm.rank() == 0:
-        records.mend(job.cfg.metrics_path)
     root = job.cfg.checkpoints_dir
     seen = comm.together(
         lambda: checkpoint.newest(root, note=lambda text: _note(job, text)) if comm.rank() == 0 else None
@@ -118,22 +117,13 @@ def _begin(job: Job) -> None:
     for _, task in job.by_task(job.tasks):
         of_task = f" (task {task.name})" if len(job.by_task(job.tasks)) > 1 else ""
         if task.num_cut:
-            _note(job, f"{task.num_cut} inputs lost their first tokens to task.max_text_tokens{of_task}")
+            _note(job, f"{task.num_cut} inputs were cut to task.max_text_tokens{of_task}")
         if task.num_seams:
             _note(job, f"{task.num_seams} targets do not join their input: does task.input end in a blank?{of_task}")
 
 
 def _note(job: Job, text: str) -> None:
-    _record(job, records.NoteRecord(step=job.state.step, text=text))
-
-
-def _record(job: Job, row: records.Record) -> None:
-    """Append a row to the metrics, on rank 0. A disk that is full is told at the next checkpoint, to every rank."""
-    if comm.rank() == 0:
-        try:
-            records.append(job.cfg.metrics_path, row)
-        except OSError as error:
-            job.unwritten = job.unwritten or error
+    job.journal.note(job.state.step, text)
 
 
 def train(job: Job) -> records.RunSummary:
@@ -177,27 +167,8 @@ def save(job: Job) -> None:
                 if bool(torch.isfinite(values).all()):  # an adapter that failed is nobody's to load
                     _save_adapter(job, name, which, values, at_step)
 
-    _write_on_rank_0(job, write)
+    job.journal.write(write)
     job.report(job.state.step)
-
-
-def _write_on_rank_0(job: Job, write: Callable[[], object]) -> None:
-    """Call `write` on rank 0. What it raises every rank raises."""
-
-    def local() -> None:
-        if comm.rank() != 0:
-            return
-        try:
-            write()
-            if job.unwritten is not None:
-                raise job.unwritten
-        except OSError as error:
-            raise CheckpointError(
-                f"{job.run_dir} cannot be written: {error.strerror or error}. What was saved before is kept; make room "
-                f"and start the run again (with --resume {job.cfg.name} where it has a checkpoint)."
-            ) from error
-
-    comm.together(local)
 
 
 def _take_items(cfg: RunConfig, state: State, data: Mapping[str, TaskData]) -> list[Item]:
@@ -207,7 +178,7 @@ def _take_items(cfg: RunConfig, state: State, data: Mapping[str, TaskData]) -> l
         progress, train_split = state.progress[name], data[name].train
         num = cfg.adapter_train(name).examples_per_step
         at, progress.cursor = progress.cursor.take(num, num_examples=len(train_split))
-        items += training_items(name, state.cohort[name].length, [train_split[i] for i in at])
+        items += training_items(name, state.cohort[name].num_positions, [train_split[i] for i in at])
     return items
 
 
@@ -251,7 +222,7 @@ def _book(job: Job, result: StepResult) -> None:
         skipped=bool(result.skipped),
         skipped_adapters=result.skipped,
     )
-    _record(job, row)
+    job.journal.record(row)
 
 
 def _let_go(job: Job, training: Sequence[str]) -> bool:
@@ -267,56 +238,52 @@ def _let_go(job: Job, training: Sequence[str]) -> bool:
 
 def _evaluate_before(job: Job) -> None:
     """The base without any prompt, on the split that the summary reports."""
-    for names, task in job.by_task(job.state.cohort):
-        split = _reported_split(task)
-        result = evaluate.run(
-            job.base,
-            {},
-            task,
-            task.split(split),
-            metrics=job.cfg.adapter_task(names[0]).metrics,
-            microbatch_tokens=job.cfg.train.microbatch_tokens,
-            with_base_alone=True,
-        )[evaluate.BASE_ALONE]
+    groups = job.by_task(job.state.cohort)
+    results = _evaluated(job, {}, [(evaluate.BASE_ALONE, names[0], reported_split(task)) for names, task in groups])
+    for (names, task), result in zip(groups, results, strict=True):
         for name in names:
             job.state.progress[name].before = result.metrics
-            _record_evaluation(job, name, f"{split} without prompt", result)
+            _record_evaluation(job, name, f"{reported_split(task)} without prompt", result)
 
 
-def _reported_split(task: TaskData) -> Split:
+def _evaluated(
+    job: Job, by_name: Mapping[str, adapters.Adapter], wanted: Iterable[tuple[str, str, Split]]
+) -> list[evaluate.Evaluation]:
+    """Evaluate (adapter, whose task, split) in the same passes, whatever the tasks are."""
+    cells = [
+        evaluate.Cell(name, job.tasks[of], job.tasks[of].split(split), job.cfg.adapter_task(of).metrics)
+        for name, of, split in wanted
+    ]
+    return evaluate.run_cells(job.base, by_name, cells, microbatch_tokens=job.cfg.train.microbatch_tokens)
+
+
+def reported_split(task: TaskData) -> Split:
     """What the summary's before and after are measured on."""
     return "test" if task.test else "validation"
 
 
 def _evaluate(job: Job, due: Sequence[str]) -> None:
     """Adapters on the validation splits of their tasks; keep those rows that are better than ever."""
-    for names, task in job.by_task(due):
-        metrics = job.cfg.adapter_task(names[0]).metrics
-        results = evaluate.run(
-            job.base,
-            {name: job.state.cohort[name] for name in names},
-            task,
-            task.split("validation"),
-            metrics=metrics,
-            microbatch_tokens=job.cfg.train.microbatch_tokens,
-        )
-        for name, result in results.items():
-            progress = job.state.progress[name]
-            values = _values(job.state.cohort[name])
-            is_better = not progress.best or result.metrics[metrics[0]] > progress.best[metrics[0]]
-            if is_better and (not progress.best or bool(values.isfinite().all())):  # NaN may guess well
-                progress.best, progress.best_step, progress.stale_evaluations = result.metrics, job.state.step, 0
-                job.state.best_rows[name] = values
-            else:
-                progress.stale_evaluations += 1
-            _record_evaluation(job, name, "validation", result)
+    by_name = {name: job.state.cohort[name] for name in due}
+    results = _evaluated(job, by_name, [(name, name, "validation") for name in due])
+    for name, result in zip(due, results, strict=True):
+        metric = job.cfg.adapter_task(name).metrics[0]
+        progress = job.state.progress[name]
+        values = _values(job.state.cohort[name])
+        is_better = not progress.best or result.metrics[metric] > progress.best[metric]
+        if is_better and (not progress.best or bool(values.isfinite().all())):  # NaN may guess well
+            progress.best, progress.best_step, progress.stale_evaluations = result.metrics, job.state.step, 0
+            job.state.best_rows[name] = values
+        else:
+            progress.stale_evaluations += 1
+        _record_evaluation(job, name, "validation", result)
 
 
 def _record_evaluation(job: Job, name: str, split: str, result: evaluate.Evaluation) -> None:
     row = records.EvaluationRecord(
         step=job.state.step, adapter=name, split=split, metrics=result.metrics, seconds=result.seconds
     )
-    _record(job, row)
+    job.journal.record(row)
 
 
 def _values(adapter: adapters.Adapter) -> torch.Tensor:
@@ -327,45 +294,29 @@ def _values(adapter: adapters.Adapter) -> torch.Tensor:
 
 def _save_adapter(job: Job, name: str, which: str, values: torch.Tensor, at_step: int) -> int:
     cfg, base = job.cfg, job.base
-    config = base.model.config.get_text_config()
     card = AdapterCard(
-        base=BaseCard(
-            model=cfg.base.model,
-            revision=None if Path(cfg.base.model).is_dir() else cfg.base.revision,
-            digest=base.digest,
-            num_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            quantization=cfg.base.quantization,
-            compute_dtype=cfg.base.compute_dtype,
-        ),
+        base=BaseCard.of(cfg.base, base.digest, base.model.config),
         task=TaskTemplate.of(cfg.adapter_task(name)),
         run=cfg.name,
         fingerprint=job.identity.fingerprint,
         init=cfg.adapters[name].init,
+        start=job.starts[name],
         step=at_step,
         metrics=dict(job.state.progress[name].best) if which == "best" else {},
     )
-    return files.save(adapters.from_values(values), job.cfg.adapters_dir / name / which, card=card)
+    return files.save(job.state.cohort[name].with_values(values), job.cfg.adapters_dir / name / which, card=card)
 
 
 def _finish(job: Job, seconds: float) -> records.RunSummary:
     """Score the best adapters on the reported split and sum the run up."""
     state = job.state
-    best = {name: adapters.from_values(values) for name, values in state.best_rows.items()}
+    best = {name: state.cohort[name].with_values(values) for name, values in state.best_rows.items()}
+    splits = {name: reported_split(job.tasks[name]) for name in state.cohort}
     after: dict[str, dict[str, float]] = {}
-    for names, task in job.by_task(state.cohort):
-        split = _reported_split(task)
-        results = evaluate.run(
-            job.base,
-            {name: best[name] for name in names},
-            task,
-            task.split(split),
-            metrics=job.cfg.adapter_task(names[0]).metrics,
-            microbatch_tokens=job.cfg.train.microbatch_tokens,
-        )
-        for name, result in results.items():
-            after[name] = result.metrics
-            _record_evaluation(job, name, split, result)
+    results = _evaluated(job, best, [(name, name, split) for name, split in splits.items()])
+    for (name, split), result in zip(splits.items(), results, strict=True):
+        after[name] = result.metrics
+        _record_evaluation(job, name, split, result)
     # Every rank takes rank 0's: the file is its own, and it holds the steps before a restart too.
     rows = comm.gather_objects(summary.steps_of(job.cfg.metrics_path) if comm.rank() == 0 else None)[0]
     ended = summary.make(
@@ -377,7 +328,7 @@ def _finish(job: Job, seconds: float) -> records.RunSummary:
         peak_rank_bytes=max(comm.gather_objects(job.memory.peak_bytes())),
         adapters={name: _adapter_summary(job, name, after[name]) for name in state.cohort},
     )
-    _write_on_rank_0(job, lambda: job.cfg.summary_path.write_text(ended.model_dump_json(indent=1)))
+    job.journal.write(lambda: job.cfg.summary_path.write_text(ended.model_dump_json(indent=1)))
     return ended
 
 
@@ -385,7 +336,7 @@ def _adapter_summary(job: Job, name: str, after: dict[str, float]) -> records.Ad
     adapter, progress = job.state.cohort[name], job.state.progress[name]
     return records.AdapterSummary(
         dir=str(job.cfg.adapters_dir / name / "best"),
-        file_bytes=files.expected_bytes(adapter.length, _values(adapter).numel() // adapter.length),
+        file_bytes=files.expected_bytes(*peft_format.flat(_values(adapter)).shape),
         trainable_parameters=sum(p.numel() for p in adapter.parameters()),
         train_loss=progress.last_loss or 0.0,
         steps=progress.steps,

@@ -30,7 +30,7 @@ from peftscale.base import load
 from peftscale.config import RunConfig
 from peftscale.data import tasks
 from peftscale.data.batches import Cursor, training_items
-from peftscale.train import comm, step
+from peftscale.train import step
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 QUANTIZATIONS = ("nf4", "int8", "none")
@@ -114,7 +114,7 @@ def _gradient(cfg: RunConfig, case: Case, num_examples: int) -> Tensor:
     step.gradient(base, cohort, items, microbatch_tokens=MICROBATCH_TOKENS)
     gradient_PH = cohort["grades"].rows_PH.grad
     assert gradient_PH is not None
-    comm.barrier()
+    torch.distributed.barrier()
     return gradient_PH
 
 

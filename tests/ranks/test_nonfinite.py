@@ -1,6 +1,7 @@
 """A loss or gradient that is not finite changes nothing, on any rank, and ends the run when it happens too often."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from peftscale.train.optim import AdapterOptimizer
 pytestmark = pytest.mark.ranks
 
 
-def _step_with_one_bad_rank(cfg: RunConfig) -> dict[str, Any]:
+def _step_with_one_bad_rank(cfg: RunConfig, factor: float) -> dict[str, Any]:
     """One rank's gradient is spoiled before the reduction; the next step is healthy."""
     base = load.load(cfg.base, sharding="world", device=torch.device("cpu"))
     cohort = adapters.build(cfg, base)
@@ -33,7 +34,7 @@ def _step_with_one_bad_rank(cfg: RunConfig) -> dict[str, Any]:
     is_bad = [True]
 
     def spoil(grad: torch.Tensor) -> torch.Tensor:
-        return grad * float("inf") if is_bad[0] and comm.rank() == 1 else grad
+        return grad * factor if is_bad[0] and comm.rank() == 1 else grad
 
     rows_PH.register_hook(spoil)
     first = step.run(base, cohort, optimizers, items, step=0, microbatch_tokens=64)
@@ -48,8 +49,11 @@ def _step_with_one_bad_rank(cfg: RunConfig) -> dict[str, Any]:
     }
 
 
-def test_a_gradient_that_is_not_finite_on_one_rank_stops_the_update_on_every_rank(tmp_path: Path) -> None:
-    results = run_ranks(_step_with_one_bad_rank, 2, tmp_path / "ranks", tiny.run_config(tmp_path))
+@pytest.mark.parametrize("factor", [math.inf, 1e26])  # of a finite gradient with infinite squares moments keep those
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_the_update_on_every_rank(
+    tmp_path: Path, factor: float
+) -> None:
+    results = run_ranks(_step_with_one_bad_rank, 2, tmp_path / "ranks", tiny.run_config(tmp_path), factor)
     for result in results:
         assert result["skipped"] == [("mood",), ()]
         assert result["same"]

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from peftscale import adapters
 from peftscale.adapters import Cohort, files
+from peftscale.analysis import matrix
 from peftscale.base import load, shard
 from peftscale.base.load import Base
 from peftscale.config import RunConfig
 from peftscale.data import tasks
 from peftscale.data.batches import training_items
-from peftscale.train import comm, evaluate, setup, step, use, worker
+from peftscale.train import comm, evaluate, setup, step, worker
 from peftscale.train.optim import AdapterOptimizer
 
 pytestmark = pytest.mark.ranks
@@ -213,9 +214,10 @@ def test_a_stopped_run_of_prefixes_ends_bitwise_where_an_uninterrupted_one_ends(
         written = Path(of_adapter["dir"]) / "adapter_model.safetensors"
         assert written.stat().st_size == of_adapter["file_bytes"]
         assert files.verify(Path(of_adapter["dir"])) is not None, name
-    found = use.scores(whole, [Path(one["dir"]) for one in summary["adapters"].values()], "validation")
+    directories = [Path(one["dir"]) for one in summary["adapters"].values()]
+    found = matrix.scores(whole, directories, [whole.task], "validation")["tasks"][whole.task.name]
     for of_adapter in summary["adapters"].values():  # trained adapters at work, from their files
         assert found["adapters"][of_adapter["dir"]]["metrics"] == of_adapter["after"]
     kept = load_file(whole.run_dir / "checkpoints" / "step-6" / "adapters.safetensors")
     network = sorted(key for key in kept if key.startswith("network/last/"))
-    assert [key.rpartition("/")[2] for key in network] == ["inner_M", "inner_ME", "inputs_PE", "outer_O", "outer_OM"]
+    assert [key.rpartition(".")[2] for key in network] == ["inner_M", "inner_ME", "inputs_PE", "outer_O", "outer_OM"]

@@ -45,7 +45,7 @@ def _base_that_one_rank_cannot_read(cfg: RunConfig) -> str:
         cfg = cfg.model_copy(update={"base": cfg.base.model_copy(update={"pack_dir": Path("/nowhere/at/all")})})
     device = setup.pick_device(cfg)
     try:
-        setup.load_base(cfg, setup.make_plan(cfg, device), device)
+        setup.load_base(cfg.base, setup.make_plan(cfg, device), device)
     except ModelError as error:
         return str(error)
     return "loaded"

@@ -19,10 +19,6 @@ from peftscale.base import pack
 from peftscale.records import NoteRecord, StepRecord
 
 MODELS = tiny.QUICKSTART.parent / "models"
-T5 = """
-{"model_type": "t5", "is_encoder_decoder": true, "vocab_size": 4096, "d_model": 64, "d_kv": 16, "d_ff": 112,
- "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
-"""
 
 
 @dataclass(frozen=True)
@@ -239,10 +235,11 @@ def _hub_out_of_reach(place: Place) -> list[str | Path]:
     return ["train", place.run_file(**{"base.model": "nobody/no-such-model"})]
 
 
-def _encoder_decoder(place: Place) -> list[str | Path]:
-    (place.here / "t5").mkdir()
-    (place.here / "t5" / "config.json").write_text(T5)
-    return ["train", place.run_file(**{"base.model": str(place.here / "t5")})]
+def _inexact_encoder_decoder(place: Place) -> list[str | Path]:
+    base = tiny.save_base(place.here / "base", {**tiny.BART, "model_type": "pegasus"})
+    file = place.run_file(**{"base.model": str(base)})
+    assert commands.run("pack", file).code == 0
+    return ["train", file]
 
 
 def _mixture_of_experts(place: Place) -> list[str | Path]:
@@ -331,7 +328,7 @@ CASES: list[tuple[Callable[[Place], list[str | Path]], tuple[str, ...]]] = [
         (FILE, "base.model={here}/base: holds no weights; looked for model.safetensors", "Fetch the"),
     ),
     (_cut_base, (FILE, "{here}/base/model.safetensors: is cut: ", " bytes, its header names ", "Fetch it again.")),
-    (_base_without_tokenizer, (FILE, "base.model={here}/base has no tokenizer", "Put tokenizer.json and")),
+    (_base_without_tokenizer, (FILE, "base.model={here}/base has no vocabulary (looked", "Put tokenizer.json and")),
     (
         _other_base,
         (
@@ -383,7 +380,10 @@ CASES: list[tuple[Callable[[Place], list[str | Path]], tuple[str, ...]]] = [
         _hub_out_of_reach,
         (FILE, "base.model=nobody/no-such-model (revision main)", "Give a directory with config.json, tokenizer and"),
     ),
-    (_encoder_decoder, (FILE, "base.model={here}/t5: t5 is an encoder-decoder model; only decoder-only models can be")),
+    (
+        _inexact_encoder_decoder,
+        (FILE, "base.model={here}/base: no adapter would be exact on this base (pegasus: a text as embeddings is off"),
+    ),
     (_mixture_of_experts, (FILE, f"base.model={MODELS}/mixtral-8x7b: ", "mixtral", "experts", "choose a dense model")),
     (
         _storage_is_a_file,

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftscale.data import batches
-from peftscale.data.batches import Cursor, Item, plan_passes
+from peftscale.data.batches import Cursor, Item, pass_tokens, plan_passes
 from peftscale.data.tasks import Example
 
 ITEMS = st.lists(
@@ -135,6 +135,41 @@ def test_ranks_get_nearly_the_same_work_in_every_pass(world: int) -> None:
     assert lockstep * world / sum(work) < 1.02  # time lost to waiting; measured up to 1.0033
     in_file_order = [sum(_padded(items[i : i + 12]) for i in range(r * 12, 900, 12 * world)) for r in range(world)]
     assert sum(in_file_order) > 1.5 * sum(work)  # what padding costs without sorting
+
+
+@given(shapes=ITEMS, world=st.sampled_from([1, 2, 3, 5]), microbatch_tokens=st.integers(1, 900))
+@settings(max_examples=200, deadline=None)
+def test_packed_passes_hold_exactly_the_step_and_their_prompts_within_the_limit(
+    shapes: list[tuple[str, int, int, int]], world: int, microbatch_tokens: int
+) -> None:
+    prompts = {adapter: length for adapter, length, *_ in shapes}  # an adapter has one prompt
+    items = _items([(adapter, prompts[adapter], *rest) for adapter, _, *rest in shapes])
+    ranks = plan_passes(items, world=world, microbatch_tokens=microbatch_tokens, is_packed=True)
+    assert len(ranks) == world and len({len(passes) for passes in ranks}) == 1
+    dealt = [item for passes in ranks for rows in passes for item in rows]
+    assert sorted(item.example.index for item in dealt) == list(range(len(items)))
+    for passes in ranks:
+        assert all(pass_tokens(rows, is_packed=True) <= microbatch_tokens or len(rows) == 1 for rows in passes)
+    assert all(any(column) for column in zip(*ranks, strict=True))  # no gather for nothing
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_adapters_that_can_be_dealt_whole_have_their_prompt_computed_on_one_rank(world: int) -> None:
+    items = _items([(f"a{i % 16}", 20, 24, 1) for i in range(64)])  # 16 adapters with 4 rows each
+    ranks = plan_passes(items, world=world, microbatch_tokens=10**6, is_packed=True)
+    assert sum(pass_tokens(rows, is_packed=True) for passes in ranks for rows in passes) == 16 * 20 + 64 * 25
+    assert len({pass_tokens(passes[0], is_packed=True) for passes in ranks}) == 1
+
+
+@pytest.mark.parametrize("num_adapters", [1, 3, 7])
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_packed_ranks_get_nearly_the_same_work(num_adapters: int, world: int) -> None:
+    items = _items([(f"a{i % num_adapters}", 20, 5 + (i * 7919) % 300, 1) for i in range(900)])
+    ranks = plan_passes(items, world=world, microbatch_tokens=4096, is_packed=True)
+    work = [sum(pass_tokens(rows, is_packed=True) for rows in passes) for passes in ranks]
+    lockstep = sum(max(pass_tokens(rows, is_packed=True) for rows in column) for column in zip(*ranks, strict=True))
+    assert max(work) / min(work) < 1.01  # measured up to 1.0015
+    assert lockstep * world / sum(work) < 1.04  # measured up to 1.0225
 
 
 def test_items_of_training_choice_and_generation_have_the_tokens_they_need() -> None:

@@ -127,6 +127,15 @@ def test_no_whole_checkpoint_among_several_is_an_error_and_none_at_all_is_a_star
         checkpoint.restore(_state(steps=0), tmp_path, IDENTITY)
 
 
+def test_a_checkpoint_of_another_version_is_refused_by_its_format(tmp_path: Path) -> None:
+    """Between formats the names of tensors change."""
+    checkpoint.save_(_state(steps=1), tmp_path, IDENTITY, keep=2)
+    manifest = tmp_path / "step-1" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": checkpoint.FORMAT - 1}))
+    with pytest.raises(CheckpointError, match=r"step-1 has format 2, this version reads 3: another version wrote it"):
+        checkpoint.restore(_state(steps=0), tmp_path, IDENTITY)
+
+
 def test_a_checkpoint_of_another_base_or_run_file_is_refused_with_what_differs(tmp_path: Path) -> None:
     checkpoint.save_(_state(steps=1), tmp_path, IDENTITY, keep=2)
     other_base = Identity("sha256:bb", "f1", 2, 1, IDENTITY.config)

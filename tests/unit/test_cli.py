@@ -27,7 +27,21 @@ from peftscale.records import EvaluationRecord, StepRecord
 
 peft = pytest.importorskip("peft", reason="PEFT is an extra")
 
-COMMANDS = {"train", "plan", "evaluate", "generate", "inspect", "pack", "schema", "doctor"}
+COMMANDS = {
+    "train",
+    "plan",
+    "evaluate",
+    "generate",
+    "inspect",
+    "similar",
+    "transfer",
+    "import",
+    "export",
+    "pack",
+    "tasks",
+    "schema",
+    "doctor",
+}
 FIGURES = {"reduced_bytes_per_step", "gathered_bytes_per_step", "control_bytes_per_step", "peak_rank_bytes"}
 SUMMARY = FIGURES | {
     "name",

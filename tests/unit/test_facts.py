@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from peftscale import facts
+from peftscale.base import prefixed
+from peftscale.base import skeleton as base_skeleton
 from peftscale.errors import ModelError
 from peftscale.facts import families, skeleton
 
@@ -110,6 +112,38 @@ def test_t5_v1_1_counts_its_separate_head_which_the_skeleton_ties() -> None:
     assert not found.is_tied and built.is_tied
     assert found.num_parameters - built.num_parameters == 32_128 * 4096
     assert found.units[:-1] == built.units[:-1]
+
+
+_T5_V1_1 = {**_T5, "feed_forward_proj": "gated-gelu"}
+_BART = {"vocab_size": 97, "d_model": 24, "encoder_layers": 3, "decoder_layers": 2, "max_position_embeddings": 50}
+_BART |= {"encoder_attention_heads": 6, "decoder_attention_heads": 6, "encoder_ffn_dim": 40, "decoder_ffn_dim": 44}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "is_tied"),
+    [
+        ("t5", {**_T5, "tie_word_embeddings": True}, True),
+        ("t5", {**_T5_V1_1, "tie_word_embeddings": False}, False),
+        ("t5", {**_T5_V1_1, "tie_word_embeddings": True, "scale_decoder_outputs": False}, False),
+        ("mt5", {**_T5_V1_1, "tie_word_embeddings": False}, False),
+        ("mt5", {**_T5_V1_1, "tie_word_embeddings": True}, False),
+        ("bart", _BART, True),
+    ],
+    ids=["t5", "t5 v1.1", "t5 v1.1 of a newer transformers", "mt5", "mt5 of a newer transformers", "bart"],
+)
+def test_the_facts_of_an_encoder_decoder_are_the_bytes_and_the_layers_of_the_base_that_is_made(
+    tmp_path: Path, model_type: str, sizes: dict[str, Any], is_tied: bool
+) -> None:
+    model_dir = _write(tmp_path, {"model_type": model_type, "is_encoder_decoder": True, **sizes})
+    found, config = facts.load(model_dir), AutoConfig.from_pretrained(model_dir)
+    for quantization in ("nf4", "int8", "none"):
+        made = base_skeleton.build(config, quantization=quantization, compute_dtype=torch.float32, where="here")
+        stored = sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in made.entries)
+        assert found.packed_bytes(quantization, 4) == stored
+    assert (found.is_tied, found.is_encoder_decoder, found.num_layers) == (is_tied, True, len(made.blocks))
+    shape = prefixed.shape_of(config)
+    assert shape.parts == (3, 2, 2)
+    assert (found.num_decoder_layers, found.prefix_width) == (2, shape.width)
 
 
 def test_a_config_outside_the_table_is_read_from_the_skeleton(tmp_path: Path) -> None:

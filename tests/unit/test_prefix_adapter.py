@@ -179,7 +179,7 @@ def test_a_text_s_start_is_its_keys_and_values_in_the_base(tmp_path: Path, confi
 
 def _network(seed: int = 0, *, is_zero: bool = False) -> ReparametrisedPrefix:
     tensors = initialisation.network(P, 64, hidden=24, outputs=SHAPE.width, seed=seed, is_zero=is_zero)
-    return ReparametrisedPrefix(*tensors, shape=SHAPE)
+    return ReparametrisedPrefix([tensors], shape=SHAPE)
 
 
 def test_a_network_makes_the_prefix_and_gets_its_gradient_back_through_a_leaf() -> None:
@@ -206,7 +206,7 @@ def test_a_network_starts_like_torch_s_own_layers_or_at_zeros() -> None:
         assert float(tensor.abs().max()) <= inputs**-0.5
         assert float(tensor.std()) == pytest.approx((3 * inputs) ** -0.5, rel=0.15)  # of a uniform distribution
     zero = _network(is_zero=True)
-    assert not zero().any() and zero.inner_ME.any()
+    assert not zero().any() and zero.networks[0].inner_ME.any()
 
 
 def test_the_file_of_a_prefix_has_the_size_of_the_arithmetic_and_of_peft_s_own_results() -> None:
@@ -246,7 +246,7 @@ def test_facts_count_key_heads_where_several_query_heads_share_one() -> None:
     ("changes", "line"),
     [
         ({"adapter.init": "text"}, "adapters.mood.init_text: must be given exactly when init is 'text'"),
-        ({"adapter.init": "labels"}, "adapters.mood.init: must be 'random', 'zero' or 'text', got 'labels'"),
+        ({"adapter.init": "labels"}, "adapters.mood.init: must be 'random', 'zero', 'text' or 'adapter', got 'labels'"),
         ({"adapter.reparam": "mlp"}, "adapters.mood.reparam_hidden_size: must be given exactly when reparam is 'mlp'"),
         ({"adapter.reparam_hidden_size": 8}, "adapters.mood.reparam_hidden_size: must be given exactly when reparam"),
         (
@@ -270,7 +270,7 @@ def test_a_prefix_that_cannot_be_is_refused_with_its_key(tmp_path: Path, changes
 def test_a_base_that_takes_padded_passes_refuses_a_prefix_by_name(tmp_path: Path) -> None:
     cfg = _config(tmp_path)
     base = _load(cfg, is_packed=False)
-    with pytest.raises(AdapterError, match=r"adapters.mood: a prefix cannot be .*packed .*Use kind: prompt"):
+    with pytest.raises(AdapterError, match=r"adapters.mood: a prefix cannot be put .*is off.*Use kind: prompt"):
         adapters.build(cfg, base)
     with pytest.raises(ModelError, match="a prefix needs packed passes"):
         passes.target_logits(base, [Row(None, [5, 6, 7], 1, _prefix().values)])

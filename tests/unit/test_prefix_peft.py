@@ -135,7 +135,7 @@ def test_our_network_is_peft_s_with_the_same_weights(tmp_path: Path) -> None:
     theirs = peft.get_peft_model(model, config).prompt_encoder["default"]
     inner, _, outer = theirs.transform
     ours = adapters.ReparametrisedPrefix(
-        theirs.embedding.weight, (inner.weight, inner.bias), (outer.weight, outer.bias), shape=PrefixShape(3, 2, 16)
+        [(theirs.embedding.weight, (inner.weight, inner.bias), (outer.weight, outer.bias))], shape=PrefixShape(3, 2, 16)
     )
     want = files.peft_format.unflat(theirs(torch.arange(P)), ours.shape)
     torch.testing.assert_close(ours(), want, rtol=0, atol=0)

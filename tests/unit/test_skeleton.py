@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from peftscale.base import load, padded, skeleton
 from peftscale.base.linear import BlobLinear, FrozenLinear
@@ -162,10 +162,29 @@ def test_fused_experts_are_refused_by_their_name() -> None:
         _build(mixtral)
 
 
-def test_an_encoder_decoder_is_refused() -> None:
+@pytest.mark.parametrize("head", ["tied", "its own"])
+def test_an_encoder_decoder_has_the_blocks_of_both_stacks_and_every_linear_in_them_is_a_blob(head: str) -> None:
     t5 = {"model_type": "t5", "vocab_size": 97, "d_model": 24, "d_kv": 5, "d_ff": 40, "num_layers": 2, "num_heads": 6}
-    with pytest.raises(ModelError, match=r"base.model=here: t5 is an encoder-decoder model; only decoder-only models"):
-        _build(t5)
+    t5 |= {"num_decoder_layers": 3, "tie_word_embeddings": head == "tied"}
+    built, original = _build(t5), AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(**t5))
+    assert [type(block).__name__ for block in built.blocks] == ["T5Block"] * 5
+    linear_names = {
+        name
+        for name, module in original.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not original.lm_head
+    }
+    assert len(linear_names) == 2 * 6 + 3 * 10
+    assert {entry.source.removesuffix(".weight") for entry in built.entries if entry.is_blob} == linear_names
+    own = {"lm_head.weight"} if head == "its own" else set()
+    assert {entry.source for entry in built.entries} == set(dict(original.named_parameters())) | own
+    assert all(parameter.is_meta and not parameter.requires_grad for parameter in built.model.parameters())
+
+
+def test_an_encoder_decoder_without_two_known_stacks_is_refused() -> None:
+    sizes = {key: value for key, value in _SIZES.items() if key != "num_key_value_heads"}
+    parts = {side: {"model_type": "bert", **sizes} for side in ("encoder", "decoder")}
+    with pytest.raises(ModelError, match=r"base.model=here: found no stack of .* blocks in Bert.*one for each of enc"):
+        _build({"model_type": "encoder-decoder", **parts})
 
 
 def test_an_encoder_that_transformers_would_build_as_a_language_model_is_refused() -> None:
@@ -194,5 +213,5 @@ def test_a_config_that_transformers_cannot_read_is_refused_with_its_reason(
 
 
 def test_a_model_without_a_causal_head_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"base.model=here: transformers cannot build a causal language model"):
+    with pytest.raises(ModelError, match=r"base.model=here: transformers cannot build a language model"):
         _build({"model_type": "clip"})

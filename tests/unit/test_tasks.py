@@ -293,7 +293,7 @@ def test_a_tokenizer_without_eos_cannot_generate(tmp_path: Path) -> None:
     tokenizer = _load_tokenizer()
     tokenizer.eos_token = None
     assert tasks.load(_task(tmp_path), tokenizer, max_tokens=None).train
-    with pytest.raises(DataError, match="task.labels: left out.* no end-of-sequence token"):
+    with pytest.raises(DataError, match="task.labels: left out.* this base.s tokenizer has none"):
         tasks.load(_generated(tmp_path), tokenizer, max_tokens=None)
 
 

@@ -1,0 +1,96 @@
+"""Sections of a run file that say how something is trained: the run's `train`, and what an adapter or a baseline has
+otherwise.
+
+The other sections and the whole file are `config`, which hands these on. Nothing here imports torch.
+"""
+
+from typing import Annotated, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+Optimizer = Literal["adamw", "adafactor"]
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+class Frozen(BaseModel):
+    """A model that cannot be changed after it was checked, and that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class OptimizerConfig(Frozen):
+    """How far an adapter moves in each step."""
+
+    steps: PositiveInt
+    optimizer: Optimizer
+    """adafactor is the recipe of Lester et al. 2021: no parameter scaling, not factored, update clipped at RMS 1."""
+    learning_rate: PositiveFloat
+    network_learning_rate: PositiveFloat | None = None
+    """Of the network of a re-parametrised adapter, on the same schedule; `learning_rate` where it is left out."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """adamw: multiplied by the rate, as in torch. adafactor: not multiplied by it, as in T5X (1e-5 there)."""
+    schedule: Schedule = "constant"
+    """The rate after warm-up, down to zero at `steps` for linear and cosine."""
+    warmup_steps: NonNegativeInt = 0
+    clip_norm: PositiveFloat | None = None
+    """Largest L2 norm of one adapter's gradient."""
+
+    @model_validator(mode="after")
+    def warm_up_ends(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps: must be less than steps={self.steps}, got {self.warmup_steps}")
+        return self
+
+
+AnyOptimizerConfig = TypeVar("AnyOptimizerConfig", bound=OptimizerConfig)
+
+
+class TrainConfig(OptimizerConfig):
+    """How the adapters are trained."""
+
+    examples_per_step: PositiveInt
+    """Over all ranks and micro-batches: the number of workers never changes it."""
+    microbatch_tokens: PositiveInt
+    """Most tokens, prompts and padding included, in one pass of one rank. It bounds memory, not the result."""
+    packing: Literal["auto", "off"] = "auto"
+    """auto: one row of all prompts and texts, each prompt computed once, where that is exact for the base (it is
+    checked); off: one padded row an example, the reference."""
+    evaluate_every: PositiveInt
+    """Steps between evaluations on the validation split. There is one before the first step and one at the end too."""
+    checkpoint_every: PositiveInt
+    """Steps between checkpoints. There is always one at the end."""
+    keep_checkpoints: PositiveInt = 2
+    early_stop: PositiveInt | None = None
+    """Stop after this many evaluations in a row without a better first metric."""
+    max_nonfinite_steps: PositiveInt = 10
+    """A step with a non-finite loss or gradient changes nothing and is counted; so many in a row stop the adapter."""
+
+
+class AdapterTrainConfig(Frozen):
+    """What one adapter does otherwise than the run's `train`. A key that is left out is the run's.
+
+    What belongs to a pass or to the whole run (micro-batches, packing, checkpoints) has no key here.
+    """
+
+    steps: PositiveInt | None = None
+    """The adapter leaves the cohort when they are taken; the others go on."""
+    examples_per_step: PositiveInt | None = None
+    optimizer: Optimizer | None = None
+    learning_rate: PositiveFloat | None = None
+    network_learning_rate: PositiveFloat | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    schedule: Schedule | None = None
+    warmup_steps: NonNegativeInt | None = None
+    clip_norm: Annotated[float, Field(ge=0)] | None = None
+    """0: not clipped, whatever the run's is."""
+    evaluate_every: PositiveInt | None = None
+    early_stop: NonNegativeInt | None = None
+    """0: never stopped early, whatever the run's is."""
+
+    def over(self, of_run: AnyOptimizerConfig) -> AnyOptimizerConfig:
+        """The run's settings with what is given here in their place."""
+        changes = {key: value for key, value in self if value is not None}
+        for key in ("clip_norm", "early_stop"):
+            if changes.get(key) == 0:
+                changes[key] = None
+        return of_run.model_copy(update=changes)
