@@ -8,19 +8,21 @@ model may use it is `base.exactness`.
 A prefix adds no token to the row: the keys and values of each layer stand behind the row's own, outside of every
 example but those that it belongs to.
 
-There are two ways, with equal results: the row is cut into a batch for torch's own attention, which runs anywhere, or
-it stays whole for `base.flex`, on CUDA.
+There are two ways, with equal results: the row is cut into batches of parts of like lengths for torch's own attention,
+which runs anywhere, or it stays whole for `base.flex`, on CUDA.
 
 Grouped queries, sliding windows, logit caps and sinks are those of the model's own layers, relative to an example's
 own positions: behind a prompt or a prefix of P tokens its text begins at P, as in the padded row.
 
-Shapes:  T tokens of the row   K prompts   P longest prompt   N examples   E longest example   A heads   D head size
-         L layers   F virtual tokens of all prefixes   G key heads   S keys: of an example, or T + F
+Shapes:  T tokens of the row   N parts of a batch   E the longest of them   S its keys   A heads   D head size
+         L layers   F virtual tokens of all prefixes   G key heads   P virtual tokens of one
 """
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -35,7 +37,32 @@ NAME = "peftscale_packed"
 FLEX = "peftscale_packed_flex"
 HIDDEN = 2**30
 """Position of a key that nobody sees."""
+LENGTH_STEP = 1.25
+"""Parts whose lengths differ by less than about this factor are one batch: its square is what padding may cost."""
 _calls = [0]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts, or examples, of like lengths: where in the row they stand, padded to the longest."""
+
+    queries_NE: Tensor
+    """Index into the row; padding points at the part's own first token and is masked."""
+    keys_NS: Tensor
+    """The prompt's or prefix's, then the part's own. Those of prefixes count on from T."""
+    queries_at_NE: Tensor
+    """Own positions, and those of the keys: HIDDEN where these are padding."""
+    keys_at_NS: Tensor
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Additive mask (N, 1, E, S) of one kind of layer."""
+        distance = self.queries_at_NE[:, :, None] - self.keys_at_NS[:, None, :]
+        sees = distance >= 0
+        if window is not None:
+            sees &= distance < window
+        mask = torch.zeros(distance.shape, dtype=dtype, device=distance.device)
+        # A padded query sees nothing: finite, so that its row is a mean of something and not NaN.
+        return mask.masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
 
 
 @dataclass(frozen=True)
@@ -48,41 +75,23 @@ class Layout:
     prefix_lengths: tuple[int, ...]
     positions_1T: Tensor
     """Each token's own position: prompts from 0, an example from the length of its prompt."""
-    prompts_KP: Tensor
-    """Index into the row, of prompts that have a token; padding points at the part's own first token and is masked."""
-    examples_NE: Tensor
-    keys_NS: Tensor
-    """The prompt's or prefix's, then the example's own; S = P + E. Those of prefixes count on from T."""
+    batches: tuple[Batch, ...]
     back_T: Tensor
-    """Where each token of the row stands in the outputs [K * P | N * E]."""
-    queries_at_NE: Tensor
-    """Own positions of the examples' tokens, and of their keys: HIDDEN where those are padding."""
-    keys_at_NS: Tensor
-    keys_at_KP: Tensor
+    """Where each token of the row stands in the outputs of the batches, one after the other."""
     prefixes: tuple[Tensor, ...] = ()
     """For each layer (2, F, G, D), keys and values of all prefixes; empty where there is none."""
-    _masks: dict[tuple[int | None, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _masks: dict[tuple[int | None, torch.dtype], tuple[Tensor, ...]] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
         """T."""
         return int(self.positions_1T.shape[1])
 
-    def masks(self, window: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Additive masks (K, 1, P, P) and (N, 1, E, S) of one kind of layer, made at its first use."""
+    def masks(self, window: int | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Those of the batches for one kind of layer, made at its first use."""
         key = (window, dtype)
         if key not in self._masks:
-            made = []
-            queries_at_1P = torch.arange(self.keys_at_KP.shape[1], device=self.keys_at_KP.device)[None]
-            for queries_at, keys_at in ((queries_at_1P, self.keys_at_KP), (self.queries_at_NE, self.keys_at_NS)):
-                distance = queries_at[:, :, None] - keys_at[:, None, :]
-                sees = distance >= 0
-                if window is not None:
-                    sees &= distance < window
-                mask = torch.zeros(distance.shape, dtype=dtype, device=distance.device)
-                # A padded query sees nothing: finite, so that its row is a mean of something and not NaN.
-                made.append(mask.masked_fill_(~sees, torch.finfo(dtype).min)[:, None])
-            self._masks[key] = (made[0], made[1])
+            self._masks[key] = tuple(batch.mask(window, dtype) for batch in self.batches)
         return self._masks[key]
 
     @cached_property
@@ -114,54 +123,54 @@ def layout(
         device: of the row.
         prefixes_L2PGD: in the row's dtype, P of any length.
     """
-    prompt_K, example_N = torch.tensor(prompt_lengths), torch.tensor(example_lengths)
-    owner_N = torch.tensor(owners)
-    starts = torch.cat([prompt_K, example_N]).cumsum(0) - torch.cat([prompt_K, example_N])
-    prompt_starts, example_starts = starts[: len(prompt_K)], starts[len(prompt_K) :]
-    there = prompt_K > 0
-    prompts_KP, prompt_ok = _grid(prompt_starts[there], prompt_K[there])
-    examples_NE, example_ok = _grid(example_starts, example_N)
+    lengths = [*prompt_lengths, *example_lengths]
+    starts = [0, *itertools.accumulate(lengths)]
     prefix_lengths = [prefix.shape[2] for prefix in prefixes_L2PGD]
-    ends = torch.tensor([int(prompt_K.sum() + example_N.sum()), *prefix_lengths]).cumsum(0)
+    # What stands ahead of a part: nothing of a prompt, of an example its prompt or prefix.
+    head_starts = starts[: len(prompt_lengths)]
+    head_starts += itertools.accumulate(prefix_lengths[:-1], initial=starts[-1]) if prefix_lengths else []
     head_lengths = [*prompt_lengths, *prefix_lengths]
-    ahead_N = torch.tensor(head_lengths)[owner_N][:, None]
-    h_P, e_E = torch.arange(int(ahead_N.max())), torch.arange(int(example_N.max()))
-    behind_NP = h_P < ahead_N
-    head_starts_N1 = torch.cat([prompt_starts, ends[:-1]])[owner_N][:, None]
-    head_keys_NP = torch.where(behind_NP, head_starts_N1 + h_P, example_starts[:, None])
-    queries_at_NE = ahead_N + e_E
-    keys_at_NS = torch.cat([h_P.expand(len(owner_N), -1), queries_at_NE], dim=1)
-    keys_at_NS = keys_at_NS.masked_fill(~torch.cat([behind_NP, example_ok], dim=1), HIDDEN)
-    keys_at_KP = torch.arange(int(prompt_K.max())).masked_fill(~prompt_ok, HIDDEN)
-    positions = [torch.arange(n) for n in prompt_lengths]
-    positions += [head_lengths[k] + torch.arange(n) for k, n in zip(owners, example_lengths, strict=True)]
+    ahead = [(0, 0)] * len(prompt_lengths) + [(head_starts[owner], head_lengths[owner]) for owner in owners]
+    parts = [(*head, start, length) for head, start, length in zip(ahead, starts[:-1], lengths, strict=True)]
+    alike: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}
+    for part in parts:
+        if part[3]:
+            alike.setdefault((_step(part[1]), _step(part[3])), []).append(part)
+    batches = [_batch(torch.tensor(group)) for _, group in sorted(alike.items())]
+    rows = torch.cat([torch.where(is_real, batch.queries_NE, -1).flatten() for batch, is_real in batches])
     return Layout(
         tuple(prompt_lengths),
         tuple(example_lengths),
         tuple(owners),
         tuple(prefix_lengths),
-        torch.cat(positions)[None].to(device),
-        prompts_KP.to(device),
-        examples_NE.to(device),
-        torch.cat([head_keys_NP, examples_NE], dim=1).to(device),
-        torch.cat([prompt_ok.flatten(), example_ok.flatten()]).nonzero()[:, 0].to(device),
-        queries_at_NE.to(device),
-        keys_at_NS.to(device),
-        keys_at_KP.to(device),
+        torch.cat([length + torch.arange(n) for _, length, _, n in parts])[None].to(device),
+        tuple(Batch(*(getattr(batch, f.name).to(device) for f in fields(batch))) for batch, _ in batches),
+        # The padding's -1 come first in the order of rows.
+        rows.argsort(stable=True)[-starts[-1] :].to(device),
         # One join for all layers: a slice a layer would make a gradient of the whole for each of them.
         torch.cat(list(prefixes_L2PGD), dim=2).unbind(0) if prefixes_L2PGD else (),
     )
 
 
-def _grid(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Row indices of parts, padded to the longest, and which of them are real.
+def _step(length: int) -> int:
+    return math.ceil(math.log(length, LENGTH_STEP)) if length else -1
+
+
+def _batch(parts_N4: Tensor) -> tuple[Batch, Tensor]:
+    """A batch of parts (start and length of what is ahead, start and length), and which of its queries are real.
 
     Padding points at the part's own first token: what is not finite in one adapter must not reach another, and even
     a value that a mask takes out would, as 0 * NaN in backward.
     """
-    steps = torch.arange(int(lengths.max()) if len(lengths) else 0)
-    is_real = steps[None] < lengths[:, None]
-    return torch.where(is_real, starts[:, None] + steps, starts[:, None]), is_real
+    ahead_starts, ahead, starts, lengths = parts_N4[:, :, None].unbind(1)
+    h_P, e_E = torch.arange(int(ahead.max())), torch.arange(int(lengths.max()))
+    is_ahead, is_real = h_P < ahead, e_E < lengths
+    queries_NE = torch.where(is_real, starts + e_E, starts)
+    keys_NS = torch.cat([torch.where(is_ahead, ahead_starts + h_P, starts), queries_NE], dim=1)
+    queries_at_NE = ahead + e_E
+    keys_at_NS = torch.cat([h_P.expand(len(parts_N4), -1), queries_at_NE], dim=1)
+    keys_at_NS = keys_at_NS.masked_fill(~torch.cat([is_ahead, is_real], dim=1), HIDDEN)
+    return Batch(queries_NE, keys_NS, queries_at_NE, keys_at_NS), is_real
 
 
 def packed_attention(
@@ -202,19 +211,17 @@ def packed_attention(
             sinks_A=s_aux,
         )
         return out_TAD[None], None
-    prompt_mask, example_mask = layout.masks(sliding_window, query.dtype)
-    parts = []
-    for at, keys_at, mask in (
-        (layout.prompts_KP, layout.prompts_KP, prompt_mask),
-        (layout.examples_NE, layout.keys_NS, example_mask),
-    ):
-        if at.numel():
-            q, k, v = (
-                _take(states, index) for states, index in ((query_TAD, at), (key_SAD, keys_at), (value_SAD, keys_at))
-            )
-            out = _attend(q, k, v, mask, scaling=scaling, softcap=softcap, sinks_A=s_aux)
-            parts.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(parts)[layout.back_T][None], None
+    dtype = query.dtype
+    if query.device.type == "cpu" and dtype != torch.float32:
+        # torch's attention on a CPU takes a multiple of the time in bfloat16, and rounds on top of it.
+        query_TAD, key_SAD, value_SAD = query_TAD.float(), key_SAD.float(), value_SAD.float()
+    outs = []
+    for batch, mask in zip(layout.batches, layout.masks(sliding_window, query_TAD.dtype), strict=True):
+        q = _take(query_TAD, batch.queries_NE)
+        k, v = _take(key_SAD, batch.keys_NS), _take(value_SAD, batch.keys_NS)
+        out = _attend(q, k, v, mask, scaling=scaling, softcap=softcap, sinks_A=s_aux)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs)[layout.back_T].to(dtype)[None], None
 
 
 def _take(states_TAD: Tensor, index_NS: Tensor) -> Tensor:

@@ -134,9 +134,12 @@ def test_a_wrong_mask_on_the_real_weights_is_found_out_in_bfloat16_too(monkeypat
     base = load.load(cfg, sharding="replicated", device=torch.device("cpu"))
 
     def blind(*args: Tensor, layout: attention.Layout, **kwargs: object) -> tuple[Tensor, None]:
-        keys_at_NS = layout.keys_at_NS.clone()
-        keys_at_NS[:, : keys_at_NS.shape[1] - layout.queries_at_NE.shape[1]] = attention.HIDDEN
-        blinded = dataclasses.replace(layout, keys_at_NS=keys_at_NS, _masks={})
+        batches = []
+        for batch in layout.batches:
+            keys_at_NS = batch.keys_at_NS.clone()
+            keys_at_NS[:, : keys_at_NS.shape[1] - batch.queries_at_NE.shape[1]] = attention.HIDDEN
+            batches.append(dataclasses.replace(batch, keys_at_NS=keys_at_NS))
+        blinded = dataclasses.replace(layout, batches=tuple(batches), _masks={})
         return attention.packed_attention(*args, layout=blinded, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.NAME, blind)

@@ -87,13 +87,14 @@ def test_every_token_sees_what_the_batched_masks_let_it_see(data: st.DataObject)
 def _seen_by_batches(lay: attention.Layout, window: int | None) -> Tensor:
     """(T, T + F), from the masks of the batched attention."""
     seen_TS = torch.zeros(lay.num_tokens, lay.num_tokens + sum(lay.prefix_lengths), dtype=torch.bool)
-    prompt_mask, example_mask = lay.masks(window, torch.float32)
-    parts = [(at, at, mask[0]) for at, mask in zip(lay.prompts_KP, prompt_mask, strict=True)]
-    parts += [(at, to, mask[0]) for at, to, mask in zip(lay.examples_NE, lay.keys_NS, example_mask, strict=True)]
-    lengths = [*filter(None, lay.prompt_lengths), *lay.example_lengths]
-    for length, (at, keys_at, mask) in zip(lengths, parts, strict=True):
-        query, key = (mask[:length] == 0).nonzero(as_tuple=True)
-        seen_TS[at[query], keys_at[key]] = True
+    num_rows = 0
+    for batch, masks in zip(lay.batches, lay.masks(window, torch.float32), strict=True):
+        is_real_NE = torch.isin(torch.arange(num_rows, num_rows + batch.queries_NE.numel()), lay.back_T)
+        num_rows += batch.queries_NE.numel()
+        real = is_real_NE.view_as(batch.queries_NE)
+        for at, keys_at, mask, ok in zip(batch.queries_NE, batch.keys_NS, masks[:, 0], real, strict=True):
+            query, key = ((mask == 0) & ok[:, None]).nonzero(as_tuple=True)
+            seen_TS[at[query], keys_at[key]] = True
     return seen_TS
 
 
