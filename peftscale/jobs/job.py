@@ -53,6 +53,11 @@ class Job:
         )
 
     @property
+    def dns_name(self) -> str:
+        """The name in letters that Kubernetes and Google Cloud take."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+    @property
     def summary_path(self) -> str:
         """Written when the run has ended well."""
         return posixpath.join(self.storage, self.name, "summary.json")

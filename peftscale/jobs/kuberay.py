@@ -3,7 +3,6 @@
 Source: KubeRay's API reference for ray.io/v1 (1.5.1 or newer, for `authOptions`); Kueue's page on RayJobs.
 """
 
-import re
 from typing import Any
 
 from peftscale.errors import ConfigError
@@ -24,7 +23,7 @@ def render(job: Job) -> str:
     Raises:
         ConfigError: the name is too long for Kubernetes, or a key is missing.
     """
-    name = re.sub(r"[^a-z0-9]+", "-", job.name.lower()).strip("-")
+    name = job.dns_name
     if len(name) > _MAX_NAME:
         raise ConfigError(f"name: KubeRay takes up to {_MAX_NAME} characters, got {len(name)} in {name!r}.")
     comment = f"{job.header}\n#   kubectl apply -f FILE; kubectl get rayjob {name}\n"

@@ -38,7 +38,7 @@ def render(job: Job) -> str:
     provider, machines = _aws(job) if job.target == "ray-aws" else _gcp(job)
     client = "boto3" if job.target == "ray-aws" else "google-api-python-client"
     cluster: dict[str, Any] = {
-        "cluster_name": job.name,
+        "cluster_name": job.dns_name,
         "max_workers": job.num_nodes,
         "idle_timeout_minutes": 10,
         "provider": provider,
