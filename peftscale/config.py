@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from peftscale.baseline_config import FewShotConfig, FullFinetuningConfig, LoraConfig, Method
 from peftscale.train_config import AdapterTrainConfig as AdapterTrainConfig
 from peftscale.train_config import Frozen as Frozen
+from peftscale.train_config import Loss as Loss
 from peftscale.train_config import Optimizer as Optimizer
 from peftscale.train_config import OptimizerConfig as OptimizerConfig
 from peftscale.train_config import Schedule as Schedule
@@ -365,6 +366,21 @@ class RunConfig(Frozen):
         return self
 
     @model_validator(mode="after")
+    def labels_are_there_to_choose_among(self) -> Self:
+        users = [(f"adapters.{name}", self.adapter_task(name), self.adapter_train(name)) for name in self.adapters]
+        if self.method != "adapters":
+            users = [(self.method, self.task, self.baseline_train)]
+        wrong = [
+            f"{where}: loss 'labels' is the likelihood of a label among those of the task, and task {task.name!r} has "
+            f"no labels; leave train.loss at 'vocabulary'"
+            for where, task, train in users
+            if train.loss == "labels" and task.labels is None
+        ]
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        return self
+
+    @model_validator(mode="after")
     def every_warm_up_ends(self) -> Self:
         refuse_endless_warm_ups(self.adapters, self.train)
         return self
@@ -403,6 +419,10 @@ class RunConfig(Frozen):
         """How one adapter is trained: the run's `train` with what the adapter has otherwise."""
         own = self.adapters[name].train
         return self.train if own is None else own.over(self.train)
+
+    def trained_by(self, name: str) -> TrainConfig:
+        """How what has this name is trained: an adapter, or the run's baseline under the name of its method."""
+        return self.baseline_train if name == self.method else self.adapter_train(name)
 
     @property
     def baseline_train(self) -> TrainConfig:

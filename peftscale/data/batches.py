@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from peftscale.config import Loss
 from peftscale.data.tasks import Example
 from peftscale.data.tokens import Ids
 
@@ -59,6 +60,8 @@ class Item:
     """Room for what is generated behind the input."""
     cell: int = 0
     """Which of the (adapter, task) pairs of an evaluation it belongs to."""
+    among: Ids = ()
+    """The tokens of all labels, where the loss is that of one among them."""
 
     @property
     def num_tokens(self) -> int:
@@ -78,9 +81,20 @@ def indices(seed: int, start: int, stop: int, *, num_examples: int) -> tuple[int
     return tuple(taken)
 
 
-def training_items(adapter: str, prompt_length: int, examples: Iterable[Example]) -> list[Item]:
+def training_items(
+    adapter: str, prompt_length: int, examples: Iterable[Example], *, loss: Loss = "vocabulary"
+) -> list[Item]:
     """Each example with its own target: for a step, or for the loss over a split."""
-    return [Item(adapter, prompt_length, example, example.target_ids) for example in examples]
+    return [
+        Item(
+            adapter,
+            prompt_length,
+            example,
+            example.target_ids,
+            among=tuple(ids[0] for ids in example.choices_ids) if loss == "labels" else (),
+        )
+        for example in examples
+    ]
 
 
 def choice_items(adapter: str, prompt_length: int, examples: Iterable[Example], *, cell: int = 0) -> list[Item]:

@@ -188,6 +188,8 @@ def load_tasks(cfg: RunConfig) -> dict[str, TaskData]:
                 max_tokens=room,
                 is_encoder_decoder=base_facts.is_encoder_decoder,
             )
+            if any(cfg.trained_by(name).loss == "labels" for name in names):
+                tasks.refuse_long_labels(data)
         except (ConfigError, DataError) as error:
             if cfg.adapters[names[0]].task is None:
                 raise

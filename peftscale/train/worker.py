@@ -176,9 +176,10 @@ def _take_items(cfg: RunConfig, state: State, data: Mapping[str, TaskData]) -> l
     items: list[Item] = []
     for name in state.training:
         progress, train_split = state.progress[name], data[name].train
-        num = cfg.adapter_train(name).examples_per_step
-        at, progress.cursor = progress.cursor.take(num, num_examples=len(train_split))
-        items += training_items(name, state.cohort[name].num_positions, [train_split[i] for i in at])
+        train = cfg.adapter_train(name)
+        at, progress.cursor = progress.cursor.take(train.examples_per_step, num_examples=len(train_split))
+        examples = [train_split[i] for i in at]
+        items += training_items(name, state.cohort[name].num_positions, examples, loss=train.loss)
     return items
 
 
