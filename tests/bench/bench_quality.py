@@ -68,18 +68,20 @@ class Study:
         known = {"quantization": "none", "sharding": "replicated", "checkpoint_activations": False}
         return {"model": str(self.bases / name), "compute_dtype": compute_dtype} | known
 
-    def baseline(self, method: str, base: str, task: str, *, name: str, seed: int = 0) -> RunConfig:
+    def baseline(self, method: str, base: str, task: str, *, seed: int | None = None) -> RunConfig:
         """A baseline's run. In float32: padded attention in bfloat16 takes several times as long on a CPU."""
         section, train = BASELINES[method]
         sections = {
-            "seed": seed,
+            "seed": seed or 0,
             "base": self.base(base, "float32"),
             "method": method,
             method: section,
             "adapters": {"unused": {"kind": "prompt", "length": 1, "init": "random"}},
             "train": self.recipe["train"] | train,
         }
-        return self.config(name, base, task, **sections)
+        # With a seed, the name that `transfer` gives it: methods and transfer share their runs.
+        cfg = self.config(method, base, task, **sections)
+        return cfg if seed is None else cfg.model_copy(update={"name": f"{cfg.name}-s{seed}"})
 
     def row(self, name: str, what: str, values: list[float], *, seconds: float) -> None:
         """Print and record the figures of one setting."""
@@ -143,7 +145,7 @@ def methods(study: Study, base: str, task: str) -> None:
     for method in BASELINES:
         values, total = [], 0.0
         for seed in SEEDS:
-            of_seed, took = after(study.baseline(method, base, task, name=f"{method}-s{seed}", seed=seed))
+            of_seed, took = after(study.baseline(method, base, task, seed=seed))
             values += of_seed.values()
             total += took
         scores[method] = values
@@ -202,7 +204,7 @@ def transfer(study: Study, base: str, task: str) -> None:
     """Prompt, LoRA and full fine-tuning trained on `task`, scored on the tasks of SHIFTS."""
     prompt = {"prompt20": study.prompt(task, length=20)}
     runs = [study.config("shift-prompt", base, task, adapters=prompt)]
-    runs += [study.baseline(method, base, task, name=f"shift-{method}") for method in ("lora", "full_finetuning")]
+    runs += [study.baseline(method, base, task) for method in ("lora", "full_finetuning")]
     targets = [study.config("shift-prompt", base, target, adapters=prompt).task for target in SHIFTS[task]]
     found = transfer_study.members(runs, SEEDS)
     result = transfer_study.study(found, targets, "test", train=driver.finished, score=driver.evaluate)
