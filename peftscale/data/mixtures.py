@@ -70,8 +70,9 @@ class Mixture:
         return {MEAN_OF_TASKS: statistics.fmean(next(iter(metrics.values())) for metrics in of_tasks), **named}
 
     def described(self) -> str:
-        """What an epoch is made of: `6920 of sst2, 2000 of emotion's 16000`."""
-        return ", ".join(
-            f"{share} of {task.name}" + (f"'s {len(task.train)}" if share < len(task.train) else "")
-            for task, share in zip(self.tasks, self.shares.values(), strict=True)
-        )
+        """What an epoch is made of: `all 3257 of emotion, 5000 of the 6920 of sst2`."""
+        parts = []
+        for task, share in zip(self.tasks, self.shares.values(), strict=True):
+            has = len(task.train)
+            parts.append(f"all {has} of {task.name}" if share == has else f"{share} of the {has} of {task.name}")
+        return ", ".join(parts)

@@ -66,7 +66,7 @@ def test_a_limit_changes_the_proportion_and_leaves_no_example_out_for_ever() -> 
     of_a = [{i for name, i in walked if name == "a"} for walked in epochs]
     assert [len(met) for met in of_a] == [10, 10, 10]
     assert set.union(*of_a) == set(range(30))
-    assert limited.described() == "10 of a's 30, 10 of b, 6 of c"
+    assert limited.described() == "10 of the 30 of a, all 10 of b, all 6 of c"
 
 
 def test_which_examples_a_limit_takes_is_a_function_of_the_seed_and_differs_between_tasks() -> None:

@@ -15,7 +15,8 @@ from peftscale import adapters, configio, records
 from peftscale.adapters import files
 from peftscale.base import load
 from peftscale.config import MEAN_OF_TASKS
-from peftscale.records import EvaluationRecord, NoteRecord, RunSummary
+from peftscale.data.batches import Cursor
+from peftscale.records import EvaluationRecord, NoteRecord, RunSummary, StepRecord
 from peftscale.train import setup
 
 SENTENCES = [
@@ -71,9 +72,9 @@ def test_summary_and_records_have_the_mean_and_the_scores_of_each_task(here: Pat
         assert scores[MEAN_OF_TASKS] == pytest.approx((scores["reviews/accuracy"] + scores["words/bleu"]) / 2)
     assert source.before["reviews/accuracy"] == plain.before["accuracy"]  # the base alone, on the same texts
     notes = [row.text for row in _rows(here) if isinstance(row, NoteRecord)]
-    assert "source is trained on several tasks; an epoch has 4 of reviews's 7, 3 of words" in notes
-    shown = commands.run("evaluate", here / "run.json", "-a", _best(here, "source"))
-    assert "validation split" in commands.run("evaluate", here / "run.json", "--split", "validation").err, shown.err
+    assert "source is trained on several tasks; an epoch has 4 of the 7 of reviews, all 3 of words" in notes
+    shown = commands.run("evaluate", here / "run.json", "--split", "validation")
+    assert "validation split, examples: reviews 7, words 3" in shown.err
 
 
 def test_the_best_state_is_that_with_the_best_mean_and_early_stop_follows_it(here: Path) -> None:
@@ -108,16 +109,56 @@ def test_the_adapter_says_what_it_was_trained_on(here: Path) -> None:
     assert "start_cosine" in read["reading"]["prompt"]  # its start can be made again without its tasks
 
 
-def test_a_training_step_holds_examples_of_both_tasks(here: Path) -> None:
+def test_the_tokens_of_each_step_are_those_of_the_examples_of_both_tasks(here: Path) -> None:
     cfg = configio.load(here / "run.json")
-    mixture = setup.load_tasks(cfg)["source"]
-    loaded = load.load(cfg.base, sharding="replicated", device=torch.device("cpu"))
-    start = adapters.build(cfg, loaded)["source"].folded().values.detach()
-    assert [task.name for task in mixture.tasks] == ["reviews", "words"]
-    assert mixture.tasks[0] is setup.load_tasks(cfg)["plain"].tasks[0] or mixture.tasks[0].name == "reviews"
-    last = files.read(_best(here, "source").with_name("last")).adapter.values
-    plain = files.read(_best(here, "plain").with_name("last")).adapter.values
-    assert not torch.equal(last, start) and not torch.equal(last, plain)
+    mixtures = setup.load_tasks(cfg)
+    assert mixtures["source"].tasks[0] is mixtures["plain"].tasks[0]  # read once
+    steps = [row for row in _rows(here) if isinstance(row, StepRecord)]
+
+    def tokens(name: str, *, of: str) -> list[int]:
+        """Of the examples that an adapter meets in each step that it took, if its tasks were those of `of`."""
+        cursor, found = Cursor(cfg.adapter_seed(name)), []
+        for step in steps:
+            examples = []
+            if name in step.adapters:
+                examples, cursor = mixtures[of].take(cursor, cfg.train.examples_per_step)
+            found.append(sum(len(one.input_ids) + len(one.target_ids) for one in examples))
+        return found
+
+    of_plain = tokens("plain", of="plain")
+    measured = [step.tokens for step in steps]
+    assert measured == [sum(both) for both in zip(tokens("source", of="source"), of_plain, strict=True)]
+    assert measured != [sum(both) for both in zip(tokens("source", of="plain"), of_plain, strict=True)]
+
+
+def test_a_task_that_turns_another_around_leaves_no_state_better_than_the_first(here: Path) -> None:
+    """What the one gains the other loses: by its own task alone one of the two would have a later best state."""
+    content = json.loads((here / "run.json").read_text())
+    content["name"] = "turned"
+    reviews = content["task"]
+    turned = {**reviews, "name": "turned", "labels": {"bad": " good", "good": " bad"}}
+    prompt = {"kind": "prompt", "length": 5, "init": "vocabulary"}
+    content["adapters"] = {
+        "one": {**prompt, "more_tasks": [turned]},
+        "other": {**prompt, "task": turned, "more_tasks": [reviews]},
+    }
+    for task in (reviews, turned):
+        task["metrics"] = ["accuracy"]
+    content["train"] = {**content["train"], "steps": 6, "early_stop": None, "learning_rate": 1.0}
+    (here / "turned.json").write_text(json.dumps(content))
+    done = commands.run("train", here / "turned.json")
+    assert done.code == 0, done.err
+    rows = [
+        row for row in records.read(here / "runs" / "turned" / "metrics.jsonl") if isinstance(row, EvaluationRecord)
+    ]
+    rises = []
+    for name, own in (("one", "reviews"), ("other", "turned")):
+        of_one = [row.metrics for row in rows if row.adapter == name and row.split == "validation"]
+        assert [scores[MEAN_OF_TASKS] for scores in of_one] == pytest.approx([0.5] * len(of_one))
+        rises.append(max(scores[f"{own}/accuracy"] for scores in of_one) > of_one[0][f"{own}/accuracy"])
+        manifest = files.verify(here / "runs" / "turned" / "adapters" / name / "best")
+        assert manifest is not None and manifest.step == 0
+    assert any(rises)
 
 
 def test_evaluate_scores_a_source_prompt_on_all_its_tasks(here: Path) -> None:
