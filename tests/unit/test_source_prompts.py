@@ -203,3 +203,13 @@ def test_texts_of_another_task_that_cannot_be_used_are_named_with_their_key(here
     (here / "wrong.json").write_text(json.dumps(content))
     done = commands.run("train", here / "wrong.json")
     assert done.code == 2 and "adapters.source.more_tasks.0: " in done.err and "deutsch" in done.err
+
+
+def test_a_resume_with_other_tasks_is_refused_with_the_key_that_changed(here: Path) -> None:
+    change = "adapters.source.more_tasks.0.max_target_tokens=8"
+    done = commands.run("train", here / "run.json", change, "--resume", "tiny")
+    assert done.code == 2
+    assert "changed since: adapters.source.more_tasks.0.max_target_tokens was 9, now 8. Undo" in done.err
+    none = ("adapters.source.more_tasks=[]", "adapters.source.task_size_limit=null")
+    alone = commands.run("train", here / "run.json", *none, "--resume", "tiny")
+    assert alone.code == 2 and "adapters.source.more_tasks was [{" in alone.err
