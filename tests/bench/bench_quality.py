@@ -283,11 +283,11 @@ def main(
     name: str,
     changes: Annotated[list[str] | None, typer.Argument()] = None,
     *,
-    data: Path,
-    bases: Path,
-    out: Path,
-    base: list[str],
-    task: list[str],
+    data: Annotated[Path, typer.Option(help="Data sets, as `real_tasks` reads them.")],
+    bases: Annotated[Path, typer.Option(help="Directories of bases.")],
+    out: Annotated[Path, typer.Option(help="Runs and records.")],
+    base: Annotated[list[str], typer.Option(help="Names under --bases.")],
+    task: Annotated[list[str], typer.Option(help="Names in `real_tasks.SETTINGS`.")],
 ) -> None:
     """Run a study on every base and task."""
     study = Study(data, bases, out, changes or [])
