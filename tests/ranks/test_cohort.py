@@ -245,8 +245,8 @@ def test_an_adapter_that_is_not_finite_is_stopped_and_named_and_the_others_end_b
     tmp_path: Path, packing: str, family: str
 ) -> None:
     """For as long as the bad one is in the passes, the others are as in the run in which it is healthy; then as in one
-    in which it leaves at that step: without it passes are cut elsewhere, and sums are rounded otherwise (by 7e-7). Rows of
-    1e30 overflow in GPT-2's norms, those of Llama make zeros of them."""
+    in which it leaves at that step: without it passes are cut elsewhere, and sums are rounded otherwise (by 7e-7).
+    Rows of 1e30 overflow in GPT-2's norms, those of Llama make zeros of them."""
     base, four = tiny.save_base(tmp_path / "base", {"gpt2": tiny.GPT2, "llama": tiny.LLAMA}[family]), _four(tmp_path)
     four["tone"] |= {"reparam": "residual", "reparam_hidden_size": 8}
     if packing == "auto":  # padded passes of these bases take none
