@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 
 Optimizer = Literal["adamw", "adafactor"]
 Schedule = Literal["constant", "linear", "cosine"]
+Loss = Literal["vocabulary", "labels"]
+Rate = Annotated[float, Field(gt=0, le=1e30)]  # what is larger overflows float32 inside of an update
 
 
 class Frozen(BaseModel):
@@ -24,8 +26,8 @@ class OptimizerConfig(Frozen):
     steps: PositiveInt
     optimizer: Optimizer
     """adafactor is the recipe of Lester et al. 2021: no parameter scaling, not factored, update clipped at RMS 1."""
-    learning_rate: PositiveFloat
-    network_learning_rate: PositiveFloat | None = None
+    learning_rate: Rate
+    network_learning_rate: Rate | None = None
     """Of the network of a re-parametrised adapter, on the same schedule; `learning_rate` where it is left out."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """adamw: multiplied by the rate, as in torch. adafactor: not multiplied by it, as in T5X (1e-5 there)."""
@@ -48,6 +50,9 @@ AnyOptimizerConfig = TypeVar("AnyOptimizerConfig", bound=OptimizerConfig)
 class TrainConfig(OptimizerConfig):
     """How the adapters are trained."""
 
+    loss: Loss = "vocabulary"
+    """Of a target token, its likelihood among the whole vocabulary; labels: of a label's word, among the words of all
+    labels of the task, which is what classification compares (Gao et al. 2021, section 3). One token each, then."""
     examples_per_step: PositiveInt
     """Over all ranks and micro-batches: the number of workers never changes it."""
     microbatch_tokens: PositiveInt
@@ -72,12 +77,13 @@ class AdapterTrainConfig(Frozen):
     What belongs to a pass or to the whole run (micro-batches, packing, checkpoints) has no key here.
     """
 
+    loss: Loss | None = None
     steps: PositiveInt | None = None
     """The adapter leaves the cohort when they are taken; the others go on."""
     examples_per_step: PositiveInt | None = None
     optimizer: Optimizer | None = None
-    learning_rate: PositiveFloat | None = None
-    network_learning_rate: PositiveFloat | None = None
+    learning_rate: Rate | None = None
+    network_learning_rate: Rate | None = None
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     schedule: Schedule | None = None
     warmup_steps: NonNegativeInt | None = None

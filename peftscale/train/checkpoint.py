@@ -156,14 +156,6 @@ def write_(
     return target
 
 
-def restore(state: State, root: Path, identity: Identity, *, note: Callable[[str], None] = log.warning) -> Path | None:
-    """Bring `state` to the newest checkpoint under `root` that is whole: `newest`, then `take_over_`."""
-    found = newest(root, note=note)
-    if found is not None:
-        take_over_(state, found, identity)
-    return found
-
-
 def newest(root: Path, *, note: Callable[[str], None] = log.warning) -> Path | None:
     """The newest checkpoint under `root` that is whole, or None where there is none to go on from.
 
@@ -249,6 +241,8 @@ def _refuse_other_run(path: Path, content: dict[str, Any], identity: Identity) -
 
 
 def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    if old and new and all(isinstance(of, list) and isinstance(of[0], dict) for of in (old, new)):  # tasks of a mixture
+        old, new = dict(enumerate(old)), dict(enumerate(new))
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             line

@@ -1,5 +1,5 @@
 #!/bin/bash
-# boolq-70b for torchrun, rendered by peftscale 0.1.0; settings 9c5e4d34baa3.
+# boolq-70b for torchrun, rendered by peftscale 0.1.0; settings ffffffffffff.
 #   bash FILE, with options of `peftscale train` behind it; HEAD=HOST:PORT bash FILE on each of 2 nodes
 set -euo pipefail
 : "${HF_TOKEN:?set it before}"
