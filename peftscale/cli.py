@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import typer
 
 from peftscale import __version__
-from peftscale.errors import ConfigError, PeftscaleError, TrainingError
+from peftscale.errors import CheckpointError, ConfigError, PeftscaleError, TrainingError
 
 app = typer.Typer(
     add_completion=True,
@@ -361,6 +361,48 @@ def tasks(
         report.show_json({"tasks": found})
     else:
         report.show(report.tasks_table(found))
+
+
+@app.command()
+def status(
+    where: Annotated[Path, typer.Argument(help="A run file, a run's directory, or a storage of runs.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say how runs stand, from their files: it works while they run, wherever that is."""
+    from peftscale import report
+    from peftscale import status as runs
+
+    found, unread = [], []
+    for directory in runs.find(where):
+        try:
+            found.append(runs.of(directory).model_dump(mode="json"))
+        except PeftscaleError as error:
+            unread.append(f"{directory}: {error}")
+    if not found:
+        raise CheckpointError("\n".join(unread))
+    for line in unread:
+        report.note(line)
+    if as_json:
+        report.show_json({"runs": found})
+    else:
+        report.show(report.status_table(found))
+
+
+@app.command()
+def logs(
+    where: Annotated[Path, typer.Argument(help="A run file or a run's directory.")],
+    rank: Annotated[list[int] | None, typer.Option(help="Of this rank; repeatable. Left out: of all.")] = None,
+    level: Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="And what is above it.")] = "info",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends or Ctrl-C.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print what the ranks of a run logged, in the order of time; --json: a JSON object a line."""
+    from peftscale import logs as files
+    from peftscale import status as runs
+
+    directory = runs.one(where)
+    for line in files.follow(directory / "logs", rank or [], level, until=runs.ending(directory) if follow else None):
+        print(line.model_dump_json() if as_json else line.text(), flush=True)
 
 
 @app.command()

@@ -499,6 +499,11 @@ class RunConfig(Frozen):
         return self.run_dir / "summary.json"
 
     @property
+    def logs_dir(self) -> Path:
+        """A file of every rank."""
+        return self.run_dir / "logs"
+
+    @property
     def checkpoints_dir(self) -> Path:
         """step-N, step-M, ..."""
         return self.run_dir / "checkpoints"

@@ -53,6 +53,8 @@ class StepRecord(Row):
     """The loss or a gradient of an adapter was not finite, and that adapter was not changed."""
     skipped_adapters: tuple[str, ...] = ()
     """Which ones."""
+    peak_rank_bytes: int = 0
+    """Highest memory so far, of the rank that made the row; rank 0's are kept."""
 
 
 class EvaluationRecord(Row):

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -195,6 +196,31 @@ def facts_table(title: str, values: Mapping[str, Any]) -> Table:
     table.add_column(overflow="fold")
     for key, value in values.items():
         table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    return table
+
+
+def status_table(runs: Sequence[Mapping[str, Any]]) -> Table:
+    """A row a run."""
+    table = Table()
+    for column in ("run", "state", "step", "loss", "score, best", "tokens/s", "left", "last sign", "checkpoint"):
+        table.add_column(column, overflow="fold")
+    for run in runs:
+        losses = [loss for loss in run["losses"].values() if isinstance(loss, float)]
+        loss = "" if not losses else f"{min(losses):.4f}"
+        scores = [next(iter(metrics.values())) for metrics in run["scores"].values() if metrics]
+        table.add_row(
+            run["name"],
+            run["state"],
+            f"{run['step']}/{run['num_steps']}",
+            loss if len(losses) < 2 else f"{loss}..{max(losses):.4f}",
+            f"{max(scores):.4f}" if scores else "",
+            "" if run["tokens_per_s"] is None else f"{run['tokens_per_s']:,.0f}",
+            "" if run["seconds_left"] is None else str(timedelta(seconds=round(run["seconds_left"]))),
+            f"{timedelta(seconds=round(run['silent_seconds']))} ago",
+            run["checkpoint"] or "",
+        )
+        if run["error"]:
+            table.add_row("", Text(run["error"], style="bold"))
     return table
 
 

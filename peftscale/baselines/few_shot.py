@@ -29,7 +29,7 @@ from peftscale.errors import ConfigError, DataError
 from peftscale.records import AdapterSummary, EvaluationRecord, RunSummary
 from peftscale.train import comm, evaluate, memory, setup, summary, worker
 from peftscale.train.evaluate import BASE_ALONE, Cell, Evaluation
-from peftscale.train.journal import Journal
+from peftscale.train.journal import Journal, Watch
 
 CONTENT_FREE = ("N/A", "[MASK]", "")
 _NAME = "few_shot"
@@ -68,7 +68,7 @@ class Demonstrations:
         return Cell(_NAME, dataclasses.replace(task, max_tokens=room), behind, metrics)
 
 
-def run(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory) -> RunSummary:
+def run(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, watch: Watch) -> RunSummary:
     """Score the base with and without demonstrations. The same summary on every rank.
 
     Raises:
@@ -81,7 +81,7 @@ def run(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory) -> RunSum
     task = comm.together(lambda: baseline_task.load(cfg))
     peak.restart()  # data and its libraries are not the base's
     base = setup.load_base(cfg.base, placed, device)
-    chosen, journal = setup.choose_packing(cfg, base), Journal(cfg)
+    chosen, journal = setup.choose_packing(cfg, base), Journal(cfg, watch)
     shown = demonstrations(cfg, task, base)
     split = worker.reported_split(task)
     examples, metrics = task.split(split), cfg.task.metrics

@@ -32,7 +32,7 @@ from peftscale.errors import TrainingError
 from peftscale.records import AdapterSummary, EvaluationRecord, RunSummary, StepRecord
 from peftscale.train import checkpoint, comm, evaluate, memory, optim, step, summary, worker
 from peftscale.train.checkpoint import AdapterProgress, Identity
-from peftscale.train.journal import Journal
+from peftscale.train.journal import Journal, Watch
 
 
 class Learner(Protocol):
@@ -68,6 +68,7 @@ class Job:
     identity: Identity
     progress: AdapterProgress
     report: Callable[[int], None]
+    memory: memory.PeakMemory
     num_skipped: int = 0
     seconds: float = 0.0
 
@@ -76,7 +77,9 @@ class Job:
         return self.learner.base
 
 
-def run(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, report: Callable[[int], None]) -> RunSummary:
+def run(
+    cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, report: Callable[[int], None], watch: Watch
+) -> RunSummary:
     """Train the run file's baseline from its start, or from its last checkpoint. The same summary on every rank.
 
     Raises:
@@ -89,7 +92,7 @@ def run(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, report: C
     comm.together(lambda: budget.of_training(cfg, device, world=comm.world_size()))
     peak.restart()  # data and its libraries are not the base's
     base = comm.together(lambda: model.load(cfg.base, device))
-    journal = Journal(cfg)
+    journal = Journal(cfg, watch)
     learner: Learner = (lora.Lora if cfg.method == "lora" else Full)(base, cfg, journal)
     with closing(learner):
         identity = Identity(
@@ -100,7 +103,7 @@ def run(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, report: C
             configio.dump(cfg),
         )
         progress = AdapterProgress(Cursor(cfg.seed))
-        job = Job(cfg, cfg.baseline_train, learner, task, journal, identity, progress, report)
+        job = Job(cfg, cfg.baseline_train, learner, task, journal, identity, progress, report, peak)
         planned = comm.together(
             lambda: budget.of_training(
                 cfg,
@@ -111,7 +114,7 @@ def run(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, report: C
                 passes=_typical_passes(job),
             )
         )
-        return _train(job, planned, peak)
+        return _train(job, planned)
 
 
 def _typical_passes(job: Job) -> int:
@@ -130,7 +133,7 @@ def _take(job: Job, cursor: Cursor) -> tuple[list[Item], Cursor]:
     return training_items(job.cfg.method, 0, [job.task.train[i] for i in at], loss=job.train.loss), cursor
 
 
-def _train(job: Job, planned: budget.Budget, peak: memory.PeakMemory) -> RunSummary:
+def _train(job: Job, planned: budget.Budget) -> RunSummary:
     cfg, split, start = job.cfg, worker.reported_split(job.task), time.perf_counter()
     ended = cfg.summary_path
     stands = comm.gather_objects(ended.read_text() if comm.rank() == 0 and ended.exists() else None)
@@ -159,7 +162,7 @@ def _train(job: Job, planned: budget.Budget, peak: memory.PeakMemory) -> RunSumm
             _save(job)
     job.learner.restore()
     after = _evaluated(job, split, split)
-    return _finish(job, planned, peak, after, time.perf_counter() - start)
+    return _finish(job, planned, after, time.perf_counter() - start)
 
 
 def _step(job: Job) -> None:
@@ -190,6 +193,7 @@ def _step(job: Job) -> None:
             checks_bytes=traffic.checks,
             skipped=rate is None,
             skipped_adapters=(cfg.method,) if rate is None else (),
+            peak_rank_bytes=job.memory.peak_bytes(),
         )
     )
 
@@ -290,9 +294,7 @@ def _note_start(job: Job) -> None:
         )
 
 
-def _finish(
-    job: Job, planned: budget.Budget, peak: memory.PeakMemory, after: dict[str, float], seconds: float
-) -> RunSummary:
+def _finish(job: Job, planned: budget.Budget, after: dict[str, float], seconds: float) -> RunSummary:
     cfg, progress, folder = job.cfg, job.progress, job.learner.directory
     # Every rank takes rank 0's: the file is its own, and it holds the steps before a restart too.
     rows = comm.gather_objects(summary.steps_of(cfg.metrics_path) if comm.rank() == 0 else None)[0]
@@ -312,7 +314,7 @@ def _finish(
         name=cfg.name,
         is_packed=False,
         seconds=seconds,
-        peak_rank_bytes=max(comm.gather_objects(peak.peak_bytes())),
+        peak_rank_bytes=max(comm.gather_objects(job.memory.peak_bytes())),
         adapters={cfg.method: result},
     )
     job.journal.write(lambda: cfg.summary_path.write_text(ended.model_dump_json(indent=1)))

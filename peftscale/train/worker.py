@@ -24,7 +24,7 @@ from peftscale.data.tasks import TaskData
 from peftscale.plan import Plan
 from peftscale.train import checkpoint, comm, departures, evaluate, memory, setup, step, summary
 from peftscale.train.checkpoint import AdapterProgress, Identity, State
-from peftscale.train.journal import Journal
+from peftscale.train.journal import Journal, Watch, nobody
 from peftscale.train.optim import AdapterOptimizer
 from peftscale.train.step import StepResult
 
@@ -59,17 +59,19 @@ class Scores:
     """Of all that was evaluated together."""
 
 
-def main(cfg: RunConfig, report: Report = lambda step: None) -> records.RunSummary:
+def main(cfg: RunConfig, report: Report = lambda step: None, watch: Watch = nobody) -> records.RunSummary:
     """Train the cohort of a run file from its start or its last checkpoint. The same summary on every rank."""
     device = setup.pick_device(cfg)
     with comm.session(backend=comm.backend_for(device), timeout_s=setup.COLLECTIVE_TIMEOUT_S):
         if comm.world_size() > 1:
             base_load.sharder(device)  # DeepSpeed's own hundred megabytes are not the base's
         with memory.measured(device) as peak:
-            return train(open_job(cfg, device, peak, report))
+            return train(open_job(cfg, device, peak, report, watch))
 
 
-def open_job(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, report: Report) -> Job:
+def open_job(
+    cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, report: Report, watch: Watch = nobody
+) -> Job:
     """Load everything and take over the newest checkpoint, if there is one.
 
     Raises:
@@ -99,7 +101,7 @@ def open_job(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, repo
     )
     passes, tokens = _typical_passes(cfg, cohort, data, is_packed=base.is_packed)
     planned = setup.make_plan(cfg, device, passes_per_step=passes, tokens_per_pass=tokens)
-    job = Job(cfg, base, data, state, planned, identity, peak, report, starts, Journal(cfg))
+    job = Job(cfg, base, data, state, planned, identity, peak, report, starts, Journal(cfg, watch))
     _begin(job)
     for text in (chosen, *unverified):
         if text:
@@ -228,6 +230,7 @@ def _book(job: Job, result: StepResult) -> None:
         checks_bytes=result.traffic.checks,
         skipped=bool(result.skipped),
         skipped_adapters=result.skipped,
+        peak_rank_bytes=job.memory.peak_bytes(),
     )
     job.journal.record(row)
 
