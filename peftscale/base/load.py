@@ -22,6 +22,7 @@ from peftscale.base.pack import PackedBase
 from peftscale.base.skeleton import Skeleton, build, read_config
 from peftscale.config import BaseConfig
 from peftscale.errors import ModelError
+from peftscale.facts.skeleton import max_positions
 
 if TYPE_CHECKING:
     from peftscale.base.shard import _Partition
@@ -69,9 +70,9 @@ class Base:
 
     @property
     def max_positions(self) -> int | None:
-        """Longest sequence that the model has positions for, prompt included; None where there is no limit."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return None if limit is None else int(limit)
+        """Longest sequence that the model has positions for, prompt included; None where there is no limit. That of
+        `BaseFacts`."""
+        return max_positions(self.model.config.get_text_config())
 
     def embedding_rows(self, ids: Tensor) -> Tensor:
         """Input embeddings of ids, as the model makes them (Gemma scales them).

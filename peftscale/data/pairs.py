@@ -132,5 +132,6 @@ def _refuse_misfit(encoder: TextEncoder, ids: Ids, target_ids: Ids, *, where: st
     if max_tokens is not None and num_tokens > max_tokens:
         raise DataError(
             f"{where}: has {num_tokens} tokens ({len(ids)} of input, {len(target_ids)} of target); at most "
-            f"{max_tokens} fit (the base's positions minus the adapter's length). Shorten the input."
+            f"{max_tokens} fit (the base's positions, with longrope those of short texts, minus the adapter's length). "
+            f"Shorten the input."
         )

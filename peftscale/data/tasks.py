@@ -276,7 +276,7 @@ def _refuse_long(
         return
     behind = [max(map(len, (target, *words))) for target, words in zip(targets, choices, strict=True)]
     worst = max(range(len(texts)), key=behind.__getitem__)
-    limit = f"at most {max_tokens} fit (the base's positions minus the longest prompt)"
+    limit = f"at most {max_tokens} fit (the base's positions, with longrope those of short texts, minus the longest prompt)"
     if behind[worst] >= max_tokens:
         raise DataError(
             f"task.target: row {texts[worst].index} (counted from 0) of {texts[worst].where} has a target of "

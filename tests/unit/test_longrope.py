@@ -1,0 +1,91 @@
+"""A base whose frequencies follow the longest text of a pass: no text may be so long that it changes another's results."""
+
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from peftscale import driver, facts
+from peftscale.base import exactness, load, packed, padded
+from peftscale.base.load import Base
+from peftscale.base.padded import Row
+from peftscale.errors import DataError
+
+SHORT = 40
+"""Positions of the frequencies for short texts."""
+_FACTORS = {"short_factor": [1.0 + n for n in range(8)], "long_factor": [3.0 + n for n in range(8)]}
+PHI3 = {
+    **tiny.LLAMA,
+    "model_type": "phi3",
+    "original_max_position_embeddings": SHORT,
+    "rope_scaling": {"type": "longrope", **_FACTORS},
+}
+
+
+def _base(tmp_path: Path, **changes: Any) -> Base:
+    directory = tiny.save_base(tmp_path / "phi3", {**PHI3, **changes})
+    cfg = tiny.run_config(tmp_path, base=directory, **{"base.quantization": "none"}).base
+    return load.load(cfg, sharding="replicated", device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_scaling": {"type": "longrope", **_FACTORS}},
+        {"rope_scaling": {"type": "su", **_FACTORS}},
+        {"rope_scaling": None, "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **_FACTORS}},
+    ],
+    ids=["longrope", "its old name", "as transformers 5 writes it"],
+)
+def test_positions_are_those_of_short_texts_however_the_config_says_it(
+    tmp_path: Path, scaling: dict[str, Any]
+) -> None:
+    base = _base(tmp_path, **scaling)
+    assert base.max_positions == SHORT
+    assert facts.load(tmp_path / "phi3").max_positions == SHORT
+    plain = tiny.save_base(tmp_path / "plain", {**PHI3, "rope_scaling": None})
+    assert facts.load(plain).max_positions == tiny.LLAMA["max_position_embeddings"]
+
+
+def _logits(base: Base, rows: list[Row], *, is_packed: bool) -> Tensor:
+    if is_packed:
+        exactness.make_packed(base)
+    with torch.no_grad():
+        found_MV = (packed if is_packed else padded).target_logits(base, rows)
+    return found_MV[: rows[0].num_targets]
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_what_stands_beside_a_row_changes_it_only_where_it_would_be_refused(tmp_path: Path, is_packed: bool) -> None:
+    base = _base(tmp_path)
+    prompt_PH = torch.randn(6, base.hidden_size)
+    short = Row(prompt_PH, [7, 30, 11, 5, 90, 12], 3)
+    alone_MV = _logits(base, [short], is_packed=is_packed)
+    errors = []
+    for length in (SHORT - 6, SHORT - 5):
+        beside_MV = _logits(base, [short, Row(prompt_PH, [9] * length, 1)], is_packed=is_packed)
+        errors.append(float((beside_MV - alone_MV).norm() / alone_MV.norm()))
+    assert errors[0] < 1e-6
+    assert errors[1] > 1e-3  # negative control: one token more
+
+
+def test_a_run_is_packed_and_refuses_rows_of_more_positions(tmp_path: Path) -> None:
+    directory = tiny.save_base(tmp_path / "phi3", PHI3)
+    prefix = {"adapters": {"mood": {"kind": "prefix", "length": 5, "init": "random"}}, "train.steps": 1}
+    assert driver.run(tiny.run_config(tmp_path, base=directory, **prefix)).packing == "packed"
+    twice = tiny.run_config(tmp_path, base=directory, **{"task.input": "{{ text }} {{ text }} {{ text }}\nVerdict:"})
+    with pytest.raises(DataError, match=r"at most 35 fit \(the base's positions, with longrope those of short texts"):
+        driver.run(twice)
+
+
+def test_the_small_copy_has_as_many_factors_as_frequencies(tmp_path: Path) -> None:
+    """Phi-3's heads of 96 have 48 of them, those of the copy 8."""
+    config = families.longrope()
+    before = config.to_dict()
+    assert exactness.small_copy_differs(config) is None
+    assert exactness.prefix_differs(config) is None
+    assert config.to_dict() == before
