@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from peftscale.baseline_config import FewShotConfig, FullFinetuningConfig, LoraConfig, Method
 from peftscale.train_config import AdapterTrainConfig as AdapterTrainConfig
 from peftscale.train_config import Frozen as Frozen
+from peftscale.train_config import Loss as Loss
 from peftscale.train_config import Optimizer as Optimizer
 from peftscale.train_config import OptimizerConfig as OptimizerConfig
 from peftscale.train_config import Schedule as Schedule
@@ -25,6 +26,8 @@ LabelMetric = Literal["accuracy", "f1", "macro_f1", "group_exact_match"]
 TextMetric = Literal["squad_f1", "squad_exact_match", "referent_accuracy", "bleu"]
 Metric = Literal[LabelMetric, TextMetric, "exact_match", "mean"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+MEAN_OF_TASKS = "mean_of_tasks"
+"""What decides which state of an adapter of several tasks is the best: the mean of their first metrics."""
 
 
 class BaseConfig(Frozen):
@@ -151,16 +154,31 @@ class TaskConfig(Frozen):
 class AdapterSettings(Frozen):
     """What every kind of adapter has.
 
-    In a run file each key of an adapter but `kind` and `task`, and each key of its `train`, may be a list: the
-    adapter then stands for the product of the lists, one adapter each, named by what varies (`sst2-p5-s0`).
+    In a run file each key of an adapter but `kind`, `task` and `more_tasks`, and each key of its `train`, may be a
+    list: the adapter then stands for the product of the lists, one adapter each, named by what varies (`sst2-p5-s0`).
     """
 
     seed: NonNegativeInt | None = None
     """Of this adapter's start and order of examples; the run's `seed` where it is left out."""
     task: TaskConfig | None = None
     """Its own task; the run's where it is left out."""
+    more_tasks: tuple[TaskConfig, ...] = ()
+    """Tasks that it is trained on beside its own, in proportion to their training examples: a source prompt (SPoT). The
+    mean of each one's first metric decides which state is the best."""
+    task_size_limit: PositiveInt | None = None
+    """Most examples that one of these tasks gives to an epoch of them all; further epochs go on through its others.
+    Left out: all. Refused without `more_tasks`."""
     train: AdapterTrainConfig | None = None
     """What it does otherwise than the run's `train`."""
+
+    @model_validator(mode="after")
+    def limit_belongs_to_a_mixture(self) -> Self:
+        if self.task_size_limit is not None and not self.more_tasks:
+            raise ValueError(
+                f"task_size_limit: is for a mixture, and there are no more_tasks beside its own; leave it out, got "
+                f"{self.task_size_limit}"
+            )
+        return self
 
     def seed_in(self, of_run: int) -> int:
         """Its own seed, or the run's."""
@@ -365,6 +383,39 @@ class RunConfig(Frozen):
         return self
 
     @model_validator(mode="after")
+    def labels_are_there_to_choose_among(self) -> Self:
+        users = [
+            (f"adapters.{name}", task, self.adapter_train(name))
+            for name in self.adapters
+            for task in self.adapter_tasks(name)
+        ]
+        if self.method != "adapters":
+            users = [(self.method, self.task, self.baseline_train)]
+        wrong = [
+            f"{where}: loss 'labels' is the likelihood of a label among those of the task, and task {task.name!r} has "
+            f"no labels; leave train.loss at 'vocabulary'"
+            for where, task, train in users
+            if train.loss == "labels" and task.labels is None
+        ]
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        return self
+
+    @model_validator(mode="after")
+    def tasks_of_an_adapter_have_names_of_their_own(self) -> Self:
+        wrong = []
+        for name in self.adapters:
+            names = [task.name for task in self.adapter_tasks(name)]
+            wrong += [
+                f"adapters.{name}.more_tasks: {twice!r} is the name of two of its tasks ({', '.join(names)}; its own "
+                f"comes first), and their scores are told apart by it; leave one out, or give it another name"
+                for twice in dict.fromkeys(task for i, task in enumerate(names) if task in names[:i])
+            ]
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        return self
+
+    @model_validator(mode="after")
     def every_warm_up_ends(self) -> Self:
         refuse_endless_warm_ups(self.adapters, self.train)
         return self
@@ -399,10 +450,22 @@ class RunConfig(Frozen):
         """The task of one adapter: its own, or the run's."""
         return self.adapters[name].task or self.task
 
+    def adapter_tasks(self, name: str) -> tuple[TaskConfig, ...]:
+        """All that one adapter is trained on, its own task first."""
+        return (self.adapter_task(name), *self.adapters[name].more_tasks)
+
+    def deciding_metric(self, name: str) -> str:
+        """The one by which the best state of an adapter is chosen."""
+        return MEAN_OF_TASKS if self.adapters[name].more_tasks else self.adapter_task(name).metrics[0]
+
     def adapter_train(self, name: str) -> TrainConfig:
         """How one adapter is trained: the run's `train` with what the adapter has otherwise."""
         own = self.adapters[name].train
         return self.train if own is None else own.over(self.train)
+
+    def trained_by(self, name: str) -> TrainConfig:
+        """How what has this name is trained: an adapter, or the run's baseline under the name of its method."""
+        return self.baseline_train if name == self.method else self.adapter_train(name)
 
     @property
     def baseline_train(self) -> TrainConfig:

@@ -20,6 +20,7 @@ from peftscale.plan.memory import (
     activation_bytes,
     file_rows,
     gathered_bytes,
+    most_target_tokens,
     positions,
     rank_parts,
     step_rows,
@@ -215,7 +216,7 @@ def _mode(cfg: BaseConfig, facts: BaseFacts, hardware: Hardware, world: int) -> 
 
 def _max_text_tokens(cfg: RunConfig) -> int | None:
     """Of all tasks; None where one has no limit."""
-    limits = [cfg.adapter_task(name).max_text_tokens for name in cfg.adapters]
+    limits = [task.max_text_tokens for name in cfg.adapters for task in cfg.adapter_tasks(name)]
     return None if None in limits else max(limit for limit in limits if limit is not None)
 
 
@@ -223,8 +224,7 @@ def _passes(cfg: RunConfig, facts: BaseFacts, world: int) -> int:
     most = _max_text_tokens(cfg)
     if most is None:
         return 1
-    target = max(target_tokens(cfg.adapter_task(name)) for name in cfg.adapters)
-    row = max(positions(a, facts) for a in cfg.adapters.values()) + most + target
+    row = max(positions(a, facts) for a in cfg.adapters.values()) + most + most_target_tokens(cfg)
     return math.ceil(step_rows(cfg, world) / max(1, cfg.train.microbatch_tokens // row))
 
 
@@ -244,8 +244,10 @@ def _shape_problems(cfg: RunConfig, facts: BaseFacts, hardware: Hardware, world:
             f"{world} ranks need {world} GPUs, {hardware.label} has {hardware.num_devices}; lower cluster.workers."
         )
     for name, adapter in cfg.adapters.items():
-        task = cfg.adapter_task(name)
-        text, target = task.max_text_tokens or 1, target_tokens(task) if task.labels is None else 1
+        tasks = cfg.adapter_tasks(name)
+        text, target = max(
+            ((task.max_text_tokens or 1, target_tokens(task) if task.labels is None else 1) for task in tasks), key=sum
+        )
         virtual = positions(adapter, facts)
         row = virtual + text + target
         if facts.max_positions is not None and row > facts.max_positions:

@@ -1,11 +1,12 @@
-"""Accuracy of our recipe beside PEFT's own prompt tuning: the same base, examples, order and number of steps, ten seeds each.
+"""Accuracy of our recipe beside PEFT's own prompt tuning: same base, examples, order and number of steps, ten seeds.
 
     python tests/bench/bench_peft_quality.py --data DIR --bases DIR --out DIR [--base 1m] [--task sst2]
 
-PEFT's side is transformers, PEFT and torch alone: a padded batch, PEFT's PromptEmbedding, torch's AdamW or transformers'
-Adafactor. Its default is random rows and AdamW at 0.03, as in PEFT's guide of prompt tuning; its best is what the validation
-split prefers among SEARCH, with one seed. Ours is configs/recipes/default.yaml. Saved prompts of both sides are scored by the
-same evaluation on the test split. Prints a row a side and the 95% interval of the difference of means (Welch).
+PEFT's side is transformers, PEFT and torch alone: a padded batch, PEFT's PromptEmbedding, torch's AdamW or
+transformers' Adafactor. Its default is random rows and AdamW at 0.03, as in PEFT's guide of prompt tuning; its best is
+what the validation split prefers among SEARCH, with one seed. Ours is configs/recipes/default.yaml. Saved prompts of
+both sides are scored by the same evaluation on the test split. Prints a row a side and the 95% interval of the
+difference of means (Welch).
 """
 
 import json
@@ -15,7 +16,7 @@ from typing import Annotated
 
 import torch
 import typer
-from bench_quality import Study, after
+from bench_quality import Study, after, cohort, line
 from peft import PromptTuningConfig, get_peft_model
 from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
@@ -92,15 +93,15 @@ def score(cfg: RunConfig, places: list[Path], split: str) -> list[float]:
 def main(
     changes: Annotated[list[str] | None, typer.Argument()] = None,
     *,
-    data: Path,
-    bases: Path,
-    out: Path,
-    base: str = "1m",
-    task: str = "sst2",
+    data: Annotated[Path, typer.Option(help="Data sets, as `real_tasks` reads them.")],
+    bases: Annotated[Path, typer.Option(help="Directories of bases.")],
+    out: Annotated[Path, typer.Option(help="Runs and records.")],
+    base: Annotated[str, typer.Option(help="Name under --bases.")] = "1m",
+    task: Annotated[str, typer.Option(help="Name in `real_tasks.SETTINGS`.")] = "sst2",
 ) -> None:
     """Train both sides and compare."""
     study = Study(data, bases, out, ["base.compute_dtype=float32", *(changes or [])])
-    adapters = {f"ours-s{seed}": study.prompt | {"length": 20, "seed": seed} for seed in range(NUM_SEEDS)}
+    adapters = cohort(NUM_SEEDS, ours=study.prompt(task, length=20))
     cfg = study.config("peft-ours", base, task, adapters=adapters)
     where, started = f"{base} {task}", time.perf_counter()
     texts = tasks.load(cfg.task, AutoTokenizer.from_pretrained(cfg.base.model), max_tokens=None)
@@ -120,7 +121,7 @@ def main(
     for name, values in found.items():
         study.row(where, name, values, seconds=took)
         difference = stats.ttest_ind(list(ours.values()), values, equal_var=False).confidence_interval()
-        print(f"| {where} | ours - {name} | | {difference.low:.3f}..{difference.high:.3f} (Welch) | | |")
+        line(where, f"ours - {name}", "", f"{difference.low:.3f}..{difference.high:.3f} (Welch)", "", "")
 
 
 if __name__ == "__main__":

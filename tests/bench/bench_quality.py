@@ -1,13 +1,16 @@
-"""Quality on real tasks: tuned prompts beside the untuned base, few-shot, prefix, LoRA and full fine-tuning, with seeds.
+"""Quality on real tasks: prompts beside the untuned base, few-shot, prefix, LoRA and full fine-tuning, with seeds.
 
-    python tests/bench/bench_quality.py STUDY --data DIR --bases DIR --out DIR [--base 5m ...] [--task sst2 ...] [key=value ...]
+    python tests/bench/bench_quality.py STUDY --data DIR --bases DIR --out DIR --base 5m --task sst2 [key=value ...]
 
-Studies: `methods` (all of them, three seeds), `spread` (20 seeds with and without each means against instability),
-`starts` (lengths and initialisations), `transfer` (train on one task, score on others), `ensemble` (five seeds together).
-A run is configs/recipes/default.yaml with another base and task, and what the study varies; baselines say here what they
-do otherwise. Runs are kept in --out and not repeated; one that was cut short is gone on with. key=value changes all of them.
-Data and bases are not part of the project: `real_tasks` says which files it reads. Prints Markdown rows: mean +- standard
-deviation over seeds on the test split, and the 95% interval of the mean; appends a BenchRecord a row to OUT/bench.jsonl.
+Studies: `methods` (all of them), `spread` (20 seeds of the recipe and of plain prompt tuning), `means` (these, and
+plain with one means against instability each), `starts` (lengths and initialisations), `transfer` (train on one task,
+score on others), `ensemble` (five seeds together). --base and --task may be repeated.
+
+A run is configs/recipes/default.yaml with another base and task, and what the study varies; what baselines do otherwise
+is said below. Runs are kept in --out and not repeated; one that was cut short is gone on with. key=value changes all of
+them. Data and bases are not part of the project: `real_tasks` says which files it reads. Prints Markdown rows: mean and
+standard deviation over seeds on the test split, and the 95% interval of the mean; appends a BenchRecord a row to
+OUT/bench.jsonl.
 """
 
 import json
@@ -41,13 +44,13 @@ class Study:
     def __init__(self, data: Path, bases: Path, out: Path, changes: list[str]) -> None:
         self.data, self.bases, self.out, self.changes = data.resolve(), bases.resolve(), out.resolve(), changes
         self.recipe: Section = yaml.safe_load(RECIPE.read_text())
-        self.prompt: Section = next(iter(self.recipe["adapters"].values()))
+        (self._prompt,) = self.recipe["adapters"].values()
 
-    def config(self, name: str, base: str, task: str, **sections: Any) -> RunConfig:
-        """The recipe's run file with these sections in place of its own. Adapters without a seed of their own have 0."""
+    def config(self, name: str, base: str, task: str, /, **sections: Any) -> RunConfig:
+        """The recipe's run file with these sections in place of its own."""
         content = self.recipe | {
             "name": f"{name}.{base}.{task}",
-            "base": self.recipe["base"] | {"model": str(self.bases / base)},
+            "base": self.base(base, "bfloat16"),
             "task": real_tasks.task(self.data, task, self.out / "data"),
             "cluster": {"workers": 0, "storage": str(self.out / "runs")},
         }
@@ -56,12 +59,36 @@ class Study:
         path.write_text(json.dumps(content | sections))  # JSON is YAML
         return configio.load(path, self.changes)
 
+    def prompt(self, task: str, **changes: Any) -> Section:
+        """The recipe's prompt with the label words of a task."""
+        return self._prompt | {"init_labels": list(real_tasks.SETTINGS[task]["labels"].values())} | changes
+
+    def base(self, name: str, compute_dtype: str) -> Section:
+        """The `base` section."""
+        known = {"quantization": "none", "sharding": "replicated", "checkpoint_activations": False}
+        return {"model": str(self.bases / name), "compute_dtype": compute_dtype} | known
+
+    def baseline(self, method: str, base: str, task: str, *, seed: int | None = None) -> RunConfig:
+        """A baseline's run. In float32: padded attention in bfloat16 takes several times as long on a CPU."""
+        section, train = BASELINES[method]
+        sections = {
+            "seed": seed or 0,
+            "base": self.base(base, "float32"),
+            "method": method,
+            method: section,
+            "adapters": {"unused": {"kind": "prompt", "length": 1, "init": "random"}},
+            "train": self.recipe["train"] | train,
+        }
+        # With a seed, the name that `transfer` gives it: methods and transfer share their runs.
+        cfg = self.config(method, base, task, **sections)
+        return cfg if seed is None else cfg.model_copy(update={"name": f"{cfg.name}-s{seed}"})
+
     def row(self, name: str, what: str, values: list[float], *, seconds: float) -> None:
         """Print and record the figures of one setting."""
         band = transfer_study.band(values)
         interval = "" if band["low"] is None else f"{band['low']:.3f}..{band['high']:.3f}"
         spread = "" if band["deviation"] is None else f" +- {band['deviation']:.3f}"
-        print(f"| {name} | {what} | {band['mean']:.3f}{spread} | {interval} | {len(values)} | {seconds:.0f} |", flush=True)
+        line(name, what, f"{band['mean']:.3f}{spread}", interval, len(values), f"{seconds:.0f}")
         measured = {key: value for key, value in band.items() if value is not None}
         record = records.BenchRecord(
             name=f"quality {name} {what}",
@@ -70,6 +97,11 @@ class Study:
             environment=records.environment(),
         )
         records.append(self.out / "bench.jsonl", record)
+
+
+def line(*cells: object) -> None:
+    """Print a row of the table."""
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 def after(cfg: RunConfig) -> tuple[dict[str, float], float]:
@@ -90,30 +122,30 @@ def by_setting(found: dict[str, float]) -> Iterator[tuple[str, list[float]]]:
         yield setting, [value for name, value in found.items() if name.rsplit("-s", 1)[0] == setting]
 
 
-def cohort(**settings: Section) -> dict[str, Section]:
-    """Adapters of all settings and SEEDS; a setting says what it does otherwise than the recipe's prompt."""
-    return {f"{name}-s{seed}": setting | {"seed": seed} for name, setting in settings.items() for seed in SEEDS}
+def cohort(num_seeds: int = len(SEEDS), /, **settings: Section) -> dict[str, Section]:
+    """Adapters of all settings and seeds."""
+    return {
+        f"{name}-s{seed}": setting | {"seed": seed} for name, setting in settings.items() for seed in range(num_seeds)
+    }
 
 
 def methods(study: Study, base: str, task: str) -> None:
     """Everything on one base and task, and which part of full fine-tuning's gain each prompt has."""
-    prompt = study.prompt
-    prefix = {"kind": "prefix", "length": 20, "init": "text", "init_text": PREFIX_TEXT, "train": PREFIX_TRAIN}
-    adapters = cohort(prompt20=prompt | {"length": 20}, prompt100=prompt | {"length": 100}, prefix20=prefix)
+    prefix = {"kind": "prefix", "length": 20, "init": "text", "init_text": TEXT, "train": {"learning_rate": 0.1}}
+    adapters = cohort(prompt20=study.prompt(task, length=20), prompt100=study.prompt(task, length=100), prefix20=prefix)
     cfg = study.config("methods", base, task, adapters=adapters)
     found, seconds = after(cfg)
     where = f"{base} {task}"
     zero = untuned(cfg)
     low, high = share_interval(zero, _num_test(cfg))
-    print(f"| {where} | untuned | {zero:.3f} | {low:.3f}..{high:.3f} (of the texts) | | |")
+    line(where, "untuned", f"{zero:.3f}", f"{low:.3f}..{high:.3f} (of the texts)", "", "")
     scores = dict(by_setting(found))
     for setting, values in scores.items():
         study.row(where, setting, values, seconds=seconds / len(scores))
-    for method, section in (("few_shot", FEW_SHOT), ("lora", LORA), ("full_finetuning", FULL)):
+    for method in BASELINES:
         values, total = [], 0.0
         for seed in SEEDS:
-            own = {"seed": seed, "method": method, method: section, "adapters": {"unused": prompt}}
-            of_seed, took = after(study.config(f"{method}-s{seed}", base, task, **own))
+            of_seed, took = after(study.baseline(method, base, task, seed=seed))
             values += of_seed.values()
             total += took
         scores[method] = values
@@ -133,16 +165,26 @@ def _num_test(cfg: RunConfig) -> int:
 
 
 def spread(study: Study, base: str, task: str) -> None:
+    """20 seeds of the recipe and of plain prompt tuning."""
+    compared = ("plain", "recipe")
+    _spread(study, base, task, "spread", {name: means_settings(study, task)[name] for name in compared})
+
+
+def means(study: Study, base: str, task: str) -> None:
     """20 seeds of the recipe, of plain prompt tuning, and of plain with one means against instability each."""
-    adapters = {f"{name}-s{seed}": s | {"seed": seed} for name, s in SPREAD(study.prompt).items() for seed in range(20)}
-    found, seconds = after(study.config("spread", base, task, adapters=adapters))
+    _spread(study, base, task, "means", means_settings(study, task))
+
+
+def _spread(study: Study, base: str, task: str, name: str, settings: dict[str, Section]) -> None:
+    found, seconds = after(study.config(name, base, task, adapters=cohort(20, **settings)))
     scores = dict(by_setting(found))
     for setting, values in scores.items():
         study.row(f"{base} {task}", setting, values, seconds=seconds / len(scores))
         if setting != "plain":
             ratio = statistics.stdev(values) / statistics.stdev(scores["plain"])
             low, high = ratio_interval(values, scores["plain"])
-            print(f"| {base} {task} | deviation {setting} / plain | {ratio:.2f} | {low:.2f}..{high:.2f} (bootstrap) | | |")
+            interval = f"{low:.2f}..{high:.2f} (bootstrap)"
+            line(f"{base} {task}", f"deviation {setting} / plain", f"{ratio:.2f}", interval, "", "")
 
 
 def ratio_interval(values: list[float], beside: list[float]) -> tuple[float, float]:
@@ -151,18 +193,17 @@ def ratio_interval(values: list[float], beside: list[float]) -> tuple[float, flo
     def ratio(one: np.ndarray, other: np.ndarray, axis: int = -1) -> np.ndarray:
         return np.std(one, axis=axis, ddof=1) / np.maximum(np.std(other, axis=axis, ddof=1), 1e-9)
 
-    found = stats.bootstrap((values, beside), ratio, n_resamples=9999, method="percentile", rng=np.random.default_rng(0))
+    draw = np.random.default_rng(0)
+    found = stats.bootstrap((values, beside), ratio, n_resamples=9999, method="percentile", rng=draw)
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def starts(study: Study, base: str, task: str) -> None:
-    """Lengths at the recipe's start, and starts at a length of 20: one cohort."""
-    settings = {f"length{n}": study.prompt | {"length": n} for n in LENGTHS}
-    words = list(real_tasks.SETTINGS[task]["labels"].values())
-    others: dict[str, Section] = {"text": {"init_text": PREFIX_TEXT}, "labels": {"init_labels": words}}
-    for init in ("random", "vocabulary", "text", "labels"):
-        bare = {key: value for key, value in study.prompt.items() if not key.startswith("init_")}
-        settings[f"start-{init}"] = bare | {"length": 20, "init": init} | others.get(init, {})
+    """Lengths at the recipe's start, from label words, and other starts at a length of 20: one cohort."""
+    settings = {f"length{n}": study.prompt(task, length=n) for n in LENGTHS}
+    bare = {key: value for key, value in study.prompt(task, length=20).items() if not key.startswith("init")}
+    others: dict[str, Section] = {"random": {}, "scaled": {}, "vocabulary": {}, "text": {"init_text": TEXT}}
+    settings |= {f"start-{init}": bare | {"init": init} | own for init, own in others.items()}
     found, seconds = after(study.config("starts", base, task, adapters=cohort(**settings)))
     for setting, values in by_setting(found):
         study.row(f"{base} {task}", setting, values, seconds=seconds / len(settings))
@@ -170,11 +211,9 @@ def starts(study: Study, base: str, task: str) -> None:
 
 def transfer(study: Study, base: str, task: str) -> None:
     """Prompt, LoRA and full fine-tuning trained on `task`, scored on the tasks of SHIFTS."""
-    prompt = {"prompt20": study.prompt | {"length": 20}}
+    prompt = {"prompt20": study.prompt(task, length=20)}
     runs = [study.config("shift-prompt", base, task, adapters=prompt)]
-    for method, section in (("lora", LORA), ("full_finetuning", FULL)):
-        own = {"method": method, method: section, "adapters": prompt}
-        runs.append(study.config(f"shift-{method}", base, task, **own))
+    runs += [study.baseline(method, base, task) for method in ("lora", "full_finetuning")]
     targets = [study.config("shift-prompt", base, target, adapters=prompt).task for target in SHIFTS[task]]
     found = transfer_study.members(runs, SEEDS)
     result = transfer_study.study(found, targets, "test", train=driver.finished, score=driver.evaluate)
@@ -182,13 +221,15 @@ def transfer(study: Study, base: str, task: str) -> None:
         for name, on in of_method["tasks"].items():
             study.row(f"{base} {task} -> {name}", method.split(".")[0], on["values"], seconds=0)
             if on["shift"]:
-                shift = on["shift"]
-                print(f"| | difference | {shift['mean']:.3f} +- {shift['deviation']:.3f} | {shift['low']:.3f}..{shift['high']:.3f} | | |")
+                mean, deviation, low, high = (on["shift"][key] for key in ("mean", "deviation", "low", "high"))
+                line(
+                    "", "difference to its own task", f"{mean:.3f} +- {deviation:.3f}", f"{low:.3f}..{high:.3f}", "", ""
+                )
 
 
 def ensemble(study: Study, base: str, task: str) -> None:
     """Five seeds of one prompt: average, best, and both ensembles."""
-    adapters = {f"prompt20-s{seed}": study.prompt | {"length": 20, "seed": seed} for seed in range(5)}
+    adapters = cohort(5, prompt20=study.prompt(task, length=20))
     cfg = study.config("ensemble", base, task, adapters=adapters)
     found, seconds = after(cfg)
     places = driver.adapter_dirs(cfg, None)
@@ -197,22 +238,41 @@ def ensemble(study: Study, base: str, task: str) -> None:
     study.row(f"{base} {task}", "average", list(found.values()), seconds=seconds)
 
 
-PREFIX_TEXT = "Read the text and say in one word what it is about and whether the writer thinks that it is good or bad."
-PREFIX_TRAIN: Section = {"optimizer": "adamw", "learning_rate": 0.01, "clip_norm": 1.0}
-LORA: Section = {"rank": 8, "alpha": 16, "train": {"optimizer": "adamw", "learning_rate": 3e-3, "clip_norm": 1.0}}
-FULL: Section = {"train": {"optimizer": "adamw", "learning_rate": 3e-4, "clip_norm": 1.0}}
-FEW_SHOT: Section = {"examples": 8, "calibrated": True}
+TEXT = "Read the text and say in one word what it is about and whether the writer thinks that it is good or bad."
+ADAMW: Section = {"optimizer": "adamw", "clip_norm": 1.0}
+BASELINES: dict[str, tuple[Section, Section]] = {
+    "few_shot": ({"examples": 8, "calibrated": True}, ADAMW),
+    "lora": ({"rank": 8, "alpha": 16}, ADAMW | {"learning_rate": 3e-3}),
+    "full_finetuning": ({}, ADAMW | {"learning_rate": 3e-4}),
+}
+"""What each method does, and how it is trained otherwise than the recipe."""
 SHIFTS = {"sst2": ["imdb"], "movies": ["products"]}
 
 
-def SPREAD(prompt: Section) -> dict[str, Section]:
-    plain = {"kind": "prompt", "length": 20, "init": "random", "train": {"schedule": "constant", "warmup_steps": 0}}
-    return {"plain": plain, "recipe": prompt | {"length": 20}}
+def means_settings(study: Study, task: str) -> dict[str, Section]:
+    """Plain is random rows, a constant rate, and likelihood among the whole vocabulary."""
+    prompt = study.prompt(task, length=20)
+    train = {"schedule": "constant", "warmup_steps": 0, "loss": "vocabulary"}
+    plain = {"kind": "prompt", "length": 20, "init": "random", "train": train}
+    network = {"reparam": "residual", "reparam_hidden_size": 64}
+    return {
+        "plain": plain,
+        "recipe": prompt,
+        "scaled-start": plain | {"init": "scaled"},
+        "labels-start": prompt | {"train": train},
+        "warm-up": plain | {"train": train | {"warmup_steps": study.recipe["train"]["warmup_steps"]}},
+        "linear": plain | {"train": train | {"schedule": "linear"}},
+        "clipping": plain | {"train": train | {"clip_norm": 1.0}},
+        "labels-loss": plain | {"train": train | {"loss": "labels"}},
+        "residual": plain | network,
+        "residual-two-rates": plain | network | {"train": train | {"network_learning_rate": 0.01}},
+    }
 
 
 STUDIES: dict[str, Callable[[Study, str, str], None]] = {
     "methods": methods,
     "spread": spread,
+    "means": means,
     "starts": starts,
     "transfer": transfer,
     "ensemble": ensemble,
@@ -223,11 +283,11 @@ def main(
     name: str,
     changes: Annotated[list[str] | None, typer.Argument()] = None,
     *,
-    data: Path,
-    bases: Path,
-    out: Path,
-    base: list[str],
-    task: list[str],
+    data: Annotated[Path, typer.Option(help="Data sets, as `real_tasks` reads them.")],
+    bases: Annotated[Path, typer.Option(help="Directories of bases.")],
+    out: Annotated[Path, typer.Option(help="Runs and records.")],
+    base: Annotated[list[str], typer.Option(help="Names under --bases.")],
+    task: Annotated[list[str], typer.Option(help="Names in `real_tasks.SETTINGS`.")],
 ) -> None:
     """Run a study on every base and task."""
     study = Study(data, bases, out, changes or [])

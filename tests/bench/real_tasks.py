@@ -16,19 +16,24 @@ from typing import Any
 
 MOODS = {"negative": " bad", "positive": " good"}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "sst2": {"labels": MOODS, "max_text_tokens": 128},
-    "imdb": {"labels": MOODS, "max_text_tokens": 96},  # the last ones: reviews say at their end what they think
+    "sst2": {"labels": MOODS, "max_text_tokens": 64},
+    "imdb": {"labels": MOODS, "max_text_tokens": 64},  # the last ones: reviews say at their end what they think
     "emotion": {
         "labels": {"anger": " bad", "joy": " happy", "optimism": " hope", "sadness": " sad"},
-        "metrics": ["accuracy", "macro_f1"],
-        "max_text_tokens": 96,
+        "max_text_tokens": 64,
     },
     "ag_news": {
         "labels": {"World": " world", "Sports": " games", "Business": " business", "Sci/Tech": " technology"},
-        "max_text_tokens": 96,
+        "max_text_tokens": 64,
     },
 }
 """What is said otherwise than in the catalogue. `movies` and `products` are worded as `imdb`."""
+SETTINGS["movies"] = SETTINGS["products"] = SETTINGS["imdb"] | {
+    "input": "text: {{ text }}",
+    "cue": " target:",
+    "target": "{{ {0: 'negative', 1: 'positive'}[label] }}",
+    "metrics": ["accuracy"],
+}
 
 Rows = list[dict[str, Any]]
 
@@ -44,11 +49,7 @@ def task(data: Path, name: str, folder: Path) -> dict[str, Any]:
         "name": name,
         "files": {split: str(place / f"{split}.jsonl") for split in ("train", "validation", "test")},
     }
-    if name in SETTINGS:
-        return section | SETTINGS[name]
-    like_imdb = {"input": "text: {{ text }}", "cue": " target:", "metrics": ["accuracy"]}
-    target = "{{ {0: 'negative', 1: 'positive'}[label] }}"
-    return section | like_imdb | {"target": target} | SETTINGS["imdb"]
+    return section | SETTINGS[name]
 
 
 def _splits(data: Path, name: str) -> dict[str, Rows]:
@@ -59,7 +60,7 @@ def _splits(data: Path, name: str) -> dict[str, Rows]:
             return {split: list(_sst2(data / "sst2" / f"stsa.binary.{of}")) for split, of in names.items()}
         case "imdb":
             train, test = (list(_jsonl(data / "imdb_sample" / f"{of}.jsonl.gz")) for of in ("train", "test"))
-            return _cut(train, 2600, 400) | {"test": test}
+            return _cut(train, 2600, 400) | {"test": test[:1500]}
         case "emotion":
             names = {"train": "train", "validation": "val", "test": "test"}
             return {split: list(_emotion(data / "tweeteval" / "emotion", of)) for split, of in names.items()}
