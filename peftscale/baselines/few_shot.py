@@ -62,8 +62,8 @@ class Demonstrations:
         if room is not None and longest > room:
             raise ConfigError(
                 f"few_shot.examples={len(self.rows)}: the demonstrations take {len(self.ids)} tokens and the longest "
-                f"input with its answer {longest}, the base has {base.max_positions} positions (with longrope, those of short "
-                f"texts). Lower it, or set task.max_text_tokens, which shortens both."
+                f"input with its answer {longest}, the base has {base.max_positions} positions (with longrope, "
+                f"those of short texts). Lower it, or set task.max_text_tokens, which shortens both."
             )
         return Cell(_NAME, dataclasses.replace(task, max_tokens=room), behind, metrics)
 

@@ -253,8 +253,8 @@ def _shape_problems(cfg: RunConfig, facts: BaseFacts, hardware: Hardware, world:
         if facts.max_positions is not None and row > facts.max_positions:
             problems.append(
                 f"adapters.{name}.length={adapter.length} and {text} text and {target} target token(s) make {row}, "
-                f"the base has {facts.max_positions} positions (with longrope, those of short texts); shorten the prompt "
-                f"or task.max_text_tokens."
+                f"the base has {facts.max_positions} positions (with longrope, those of short texts); shorten "
+                f"the prompt or task.max_text_tokens."
             )
         if row > cfg.train.microbatch_tokens:
             problems.append(

@@ -94,9 +94,8 @@ class _NotANumber(torch.autograd.Function):
         return states.clone()
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Tensor:
-        upstream: Tensor = _[0]
-        return torch.full_like(upstream, float("nan"))
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return torch.full_like(gradients[0], float("nan"))
 
 
 def _spoiled(attend: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[Tensor, None]]:

@@ -1,4 +1,4 @@
-"""A base whose frequencies follow the longest text of a pass: no text may be so long that it changes another's results."""
+"""A base whose frequencies follow the longest text of a pass takes none that would change another's results."""
 
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,9 @@ def _base(tmp_path: Path, **changes: Any) -> Base:
     "scaling",
     [
         {"rope_scaling": {"type": "longrope", **_FACTORS}},
-        {"rope_scaling": {"type": "su", **_FACTORS}},
         {"rope_scaling": None, "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **_FACTORS}},
     ],
-    ids=["longrope", "its old name", "as transformers 5 writes it"],
+    ids=["as models have it", "as transformers 5 writes it"],
 )
 def test_positions_are_those_of_short_texts_however_the_config_says_it(
     tmp_path: Path, scaling: dict[str, Any]
