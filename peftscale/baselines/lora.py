@@ -73,7 +73,7 @@ class Lora:
             return None
         stood = self._optimizer.snapshot()
         rate = self._optimizer.update(step)
-        if all(optim.are_finite([parameters])):
+        if all(optim.are_finite([parameters], squared=True)):
             return rate
         self._optimizer.go_back(stood)  # the gradient was finite and the step too large
         return None

@@ -90,12 +90,10 @@ def run_cells(
         return []
     start = time.perf_counter()
     lengths = {BASE_ALONE: 0, **{name: adapter.num_positions for name, adapter in adapters.items()}}
-    base.eval()
-    with torch.no_grad():
+    with base.evaluating():
         folded = {name: adapter.folded() for name, adapter in adapters.items()}
         likelihoods = _classify(base, folded, lengths, cells, microbatch_tokens=microbatch_tokens)
         texts = _generate(base, folded, lengths, cells, microbatch_tokens=microbatch_tokens)
-    base.train()
     seconds = time.perf_counter() - start
     results = []
     for number, cell in enumerate(cells):

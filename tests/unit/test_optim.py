@@ -142,7 +142,8 @@ def test_a_number_that_is_not_finite_is_found_in_the_adapter_that_has_it() -> No
     assert are_finite([[good, large], [bad[0]], [good, bad[1]], [bad[2], good], [good], []]) == [
         True, False, False, False, True, True
     ]  # fmt: skip
-    assert are_finite([[good], [large], [bad[1]], [good, -large], []], squared=True) == [True, False, False, False, True]
+    groups = [[good], [large], [bad[1]], [good, -large], []]
+    assert are_finite(groups, squared=True) == [True, False, False, False, True]
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adafactor"])
