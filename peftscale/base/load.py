@@ -76,6 +76,11 @@ class Base:
         `BaseFacts`."""
         return max_positions(self.model.config.get_text_config())
 
+    def room(self, length: int) -> int | None:
+        """Positions for a text and what stands behind it, that an adapter of so many virtual tokens leaves; None where
+        there is no limit."""
+        return None if self.max_positions is None else self.max_positions - length
+
     def embedding_rows(self, ids: Tensor) -> Tensor:
         """Input embeddings of ids, as the model makes them (Gemma scales them).
 

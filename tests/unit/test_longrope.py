@@ -40,9 +40,7 @@ def _base(tmp_path: Path, **changes: Any) -> Base:
     ],
     ids=["as models have it", "as transformers 5 writes it"],
 )
-def test_positions_are_those_of_short_texts_however_the_config_says_it(
-    tmp_path: Path, scaling: dict[str, Any]
-) -> None:
+def test_positions_are_those_of_short_texts_however_the_config_says_it(tmp_path: Path, scaling: dict[str, Any]) -> None:
     base = _base(tmp_path, **scaling)
     assert base.max_positions == SHORT
     assert facts.load(tmp_path / "phi3").max_positions == SHORT
