@@ -244,6 +244,11 @@ def _shape_problems(cfg: RunConfig, facts: BaseFacts, hardware: Hardware, world:
             f"{world} ranks need {world} GPUs, {hardware.label} has {hardware.num_devices}; lower cluster.workers."
         )
     for name, adapter in cfg.adapters.items():
+        if adapter.kind == "prefix" and cfg.train.packing == "off" and not facts.is_encoder_decoder:
+            problems.append(
+                f"adapters.{name}.kind: a prefix in {facts.model} needs packed passes, got train.packing='off'; set "
+                f"that to 'auto', or kind to 'prompt'."
+            )
         tasks = cfg.adapter_tasks(name)
         text, target = max(
             ((task.max_text_tokens or 1, target_tokens(task) if task.labels is None else 1) for task in tasks), key=sum

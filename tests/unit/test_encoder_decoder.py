@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM
 
-from peftscale import adapters
+from peftscale import adapters, driver
 from peftscale.adapters import Cohort, initialisation
 from peftscale.base import encoder_decoder, load, passes, prefixed, slots, slots_exactness
 from peftscale.base.linear import FrozenLinear
@@ -175,6 +175,12 @@ def test_dropout_that_was_left_in_would_be_found_out(tmp_path: Path) -> None:
     base = _load(_config(tmp_path))
     base.model.encoder.dropout.p = 0.1
     assert "t5: a text as embeddings is off by" in (slots_exactness.texts_differ(base) or "")
+
+
+def test_a_prefix_asks_for_no_packing_where_nothing_is_packed(tmp_path: Path) -> None:
+    prefix = {"mood": {"kind": "prefix", "length": 3, "init": "random"}}
+    ended = driver.run(_config(tmp_path, adapters=prefix, **{"train.packing": "off", "train.steps": 1}))
+    assert (ended.packing, ended.steps) == ("padded", 1)
 
 
 def test_a_prefix_on_another_family_is_refused_by_name(tmp_path: Path) -> None:
