@@ -373,19 +373,6 @@ class RunConfig(Frozen):
     """Trackers beside metrics.jsonl, which is always written."""
 
     @model_validator(mode="after")
-    def prefixes_are_packed(self) -> Self:
-        if self.train.packing == "off":
-            wrong = [
-                f"adapters.{name}.kind: a prefix needs packed passes, got train.packing='off'; set that to 'auto', or "
-                f"kind to 'prompt'"
-                for name, adapter in self.adapters.items()
-                if adapter.kind == "prefix"
-            ]
-            if wrong:
-                raise ValueError("\n".join(wrong))
-        return self
-
-    @model_validator(mode="after")
     def labels_are_there_to_choose_among(self) -> Self:
         users = [
             (f"adapters.{name}", task, self.adapter_train(name))

@@ -114,7 +114,7 @@ class AdapterLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def max_length(self) -> int:
         """Most tokens that are read for one prediction: the base's positions less the adapter's, and less the one in
         which our passes read the last target too."""
-        positions = int(resolve_max_length(self.base.model.config, self.tokenizer))
+        positions = int(self.base.max_positions or resolve_max_length(self.base.model.config, self.tokenizer))
         return positions - 1 - (0 if self.adapter is None else self.adapter.length)
 
     @property

@@ -2,11 +2,13 @@
 
 That the batched way is what the model means is proved before, by `base.exactness`. Here each layer of the real weights
 takes the same queries, keys and values through both ways, on the device and in the dtype of the run, forward and
-backward, because the compiled kernel is another one on each device, and a wrong gradient is not seen in the logits.
+backward, because the compiled kernel is another one on each device, and a wrong gradient is not seen in the logits. A
+base that takes prefixes takes one here.
 
-Shapes:  P virtual tokens   H hidden size   T tokens of the row   A heads   D head size
+Shapes:  P virtual tokens   L layers   H hidden size   T tokens of the row, F of prefixes   A heads   K of keys   D size
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,14 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from peftscale.base import attention, packed
+from peftscale.base import attention, exactness, packed, prefixed
 from peftscale.base.exactness import ROUNDINGS, TOLERANCE
 from peftscale.base.load import Base
 from peftscale.base.padded import Row, logits_at
 
 _BOTH = "peftscale_packed_both"
 _PROMPTS, _TEXTS = (6, 4), (25, 13, 150)  # the long one fills more than a block
-_PARTS = ("outputs", "gradients of queries", "gradients of keys", "gradients of values")
+_PREFIX = 5
+_PARTS = ("outputs", "gradients of queries", "gradients of keys", "gradients of values", "gradients of prefixes")
 
 
 def flex_differs(base: Base) -> str | None:
@@ -36,6 +39,10 @@ def flex_differs(base: Base) -> str | None:
     ids = [torch.randint(0, base.vocab_size, (min(num, longest),), generator=draw).tolist() for num in _TEXTS]
     owners = [prompts[0].to(base.device), prompts[1].to(base.device)]
     rows = [Row(owners[0], ids[0], 1), Row(None, ids[1], 1), Row(owners[1], ids[2], 1), Row(owners[0], ids[1], 1)]
+    if exactness.prefix_differs(base.model.config, own_attention=base.own_attention) is None:
+        layers, heads, size, _ = prefixed.shape_of(base.model.config)
+        prefix_L2PKD = torch.randn(layers, 2, _PREFIX, heads, size, generator=draw).to(base.device)
+        rows += [Row(None, ids[0], 1, prefix_L2PKD), Row(None, ids[2], 1, prefix_L2PKD)]
     reasons: list[str] = []
     base.eval()
     with torch.no_grad(), attention.original(base.model, _BOTH):
@@ -65,7 +72,7 @@ def _ways_differ(module: nn.Module, states: Sequence[Tensor], arguments: dict[st
     exact = _outputs_and_gradients(module, [state.float() for state in states], arguments, is_flex=False)
     batched = _outputs_and_gradients(module, states, arguments, is_flex=False)
     flexible = _outputs_and_gradients(module, states, arguments, is_flex=True)
-    for part, want, other, got in zip(_PARTS, exact, batched, flexible, strict=True):
+    for part, want, other, got in zip(_PARTS[: len(exact)], exact, batched, flexible, strict=True):
         size, by_dtype, error = (float(n.norm()) for n in (want, other - want, got - want))
         allowed = max(3 * by_dtype, max(TOLERANCE, ROUNDINGS * torch.finfo(dtype).eps) * size)
         if not error <= allowed:  # NaN is not
@@ -77,6 +84,11 @@ def _outputs_and_gradients(
     module: nn.Module, states: Sequence[Tensor], arguments: dict[str, Any], *, is_flex: bool
 ) -> list[Tensor]:
     leaves = query, key, value = [state.detach().requires_grad_() for state in states]
+    if (layout := arguments["layout"]).prefixes:
+        prefixes, layer = list(layout.prefixes), int(module.layer_idx)  # type: ignore[arg-type]
+        prefixes[layer] = prefix_2FKD = prefixes[layer].detach().to(query.dtype).requires_grad_()
+        leaves.append(prefix_2FKD)
+        arguments = {**arguments, "layout": dataclasses.replace(layout, prefixes=tuple(prefixes))}
     with torch.enable_grad():
         out_1TAD, _ = attention.packed_attention(module, query, key, value, None, **arguments, is_flex=is_flex)
         draw = torch.Generator(out_1TAD.device).manual_seed(0)

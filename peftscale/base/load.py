@@ -7,7 +7,6 @@ Shapes:  N ids   H hidden size
 """
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,11 +23,11 @@ from peftscale.base.pack import PackedBase
 from peftscale.base.skeleton import Skeleton, build, read_config
 from peftscale.config import BaseConfig
 from peftscale.errors import ModelError
+from peftscale.facts.skeleton import max_positions
 
 if TYPE_CHECKING:
     from peftscale.base.shard import _Partition
 
-log = logging.getLogger(__name__)
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab*")
 
 
@@ -48,6 +47,8 @@ class Base:
     """The attention implementation that transformers chose for the model."""
     is_packed: bool = False
     """Passes are packed; set by `exactness.make_packed`."""
+    notes: tuple[str, ...] = ()
+    """What whoever trains through it should know, a line each."""
 
     @property
     def name(self) -> str:
@@ -71,9 +72,14 @@ class Base:
 
     @property
     def max_positions(self) -> int | None:
-        """Longest sequence that the model has positions for, prompt included; None where there is no limit."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return None if limit is None else int(limit)
+        """Longest sequence that the model has positions for, prompt included; None where there is no limit. That of
+        `BaseFacts`."""
+        return max_positions(self.model.config.get_text_config())
+
+    def room(self, length: int) -> int | None:
+        """Positions for a text and what stands behind it, that an adapter of so many virtual tokens leaves; None where
+        there is no limit."""
+        return None if self.max_positions is None else self.max_positions - length
 
     def embedding_rows(self, ids: Tensor) -> Tensor:
         """Input embeddings of ids, as the model makes them (Gemma scales them).
@@ -190,7 +196,7 @@ def load(
     skeleton = opened.skeleton
     is_sharded = sharding == "world"
     _materialise(skeleton, opened.packed, is_sharded=is_sharded, device=device)
-    prepare(skeleton.model, device=device)
+    notes = prepare(skeleton.model, device=device)
     if is_sharded:
         sharder(device).attach(skeleton.model, skeleton.blocks, prefetch_elements=prefetch_elements)
     if cfg.checkpoint_activations:
@@ -210,6 +216,7 @@ def load(
         compute_dtype=getattr(torch, cfg.compute_dtype),
         is_sharded=is_sharded,
         own_attention=skeleton.model.config._attn_implementation,
+        notes=notes,
     )
 
 
@@ -303,18 +310,24 @@ def _filled(
     return parameter
 
 
-def prepare(model: PreTrainedModel, *, device: torch.device) -> None:
-    """Buffers to the device (DeepSpeed leaves those of a model that is sharded already), dropout out, no cache."""
+def prepare(model: PreTrainedModel, *, device: torch.device) -> tuple[str, ...]:
+    """Buffers to the device (DeepSpeed leaves those of a model that is sharded already), dropout out, no cache.
+
+    Returns:
+        What whoever trains through the model should know.
+    """
     for name, buffer in list(model.named_buffers()):
         module_name, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module_name), leaf, buffer.to(device))
-    _remove_dropout(model)
+    num_places = _remove_dropout(model)
     model.config.use_cache = False
     model.generation_config = GenerationConfig()  # bart's own would force its last token, others a least length
+    return (f"dropout is left out in {num_places} places of the base",) if num_places else ()
 
 
-def _remove_dropout(model: PreTrainedModel) -> None:
-    """A frozen base is deterministic: transformers checkpoints only in train mode, where dropout would act.
+def _remove_dropout(model: PreTrainedModel) -> int:
+    """In how many places it was. A frozen base is deterministic: transformers checkpoints only in train mode, where
+    dropout would act.
 
     Families keep their rates in `nn.Dropout`, in numbers of a module (starcoder2's residual_dropout) or read them
     from the config in every pass (falcon).
@@ -327,5 +340,4 @@ def _remove_dropout(model: PreTrainedModel) -> None:
             if "drop" in name and isinstance(value, float) and value > 0:
                 setattr(holder, name, 0.0)
                 num_changed += 1
-    if num_changed:
-        log.info("dropout is left out in %d places of the frozen base", num_changed)
+    return num_changed

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
 from peftscale.base import encoder_decoder, prefixed, slots
-from peftscale.base.exactness import ROUNDINGS, TOLERANCE
+from peftscale.base.exactness import ROUNDINGS, TOLERANCE, largest_error
 from peftscale.base.load import Base
 from peftscale.base.padded import Row, logits_at
 
@@ -103,7 +103,7 @@ def prefix_error(model: PreTrainedModel) -> float:
         hook.remove()
     slots.install(model)
     got = _results(model, rows, (long, short), with_slots=True)
-    return max(float((g - w).norm() / w.norm()) for g, w in zip(got, want, strict=True))
+    return largest_error(got, want)
 
 
 def _attentions(model: PreTrainedModel) -> list[Any]:

@@ -54,7 +54,7 @@ class Demonstrations:
         Raises:
             ConfigError: one does not fit.
         """
-        room = None if base.max_positions is None else base.max_positions - len(self.ids)
+        room = base.room(len(self.ids))
         if not self.ids:
             return Cell(BASE_ALONE, task, examples, metrics)
         behind = [dataclasses.replace(one, input_ids=one.input_ids[self.num_start :]) for one in examples]
@@ -62,10 +62,10 @@ class Demonstrations:
         if room is not None and longest > room:
             raise ConfigError(
                 f"few_shot.examples={len(self.rows)}: the demonstrations take {len(self.ids)} tokens and the longest "
-                f"input with its answer {longest}, the base has {base.max_positions} positions. Lower it, or set "
-                f"task.max_text_tokens, which shortens both."
+                f"input with its answer {longest}, the base has {base.max_positions} positions (with longrope, "
+                f"those of short texts). Lower it, or set task.max_text_tokens, which shortens both."
             )
-        return Cell(_NAME, dataclasses.replace(task, max_tokens=room), behind, metrics)
+        return Cell(_NAME, task, behind, metrics)
 
 
 def run(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, watch: Watch) -> RunSummary:

@@ -70,7 +70,7 @@ def load(cfg: BaseConfig, device: torch.device) -> Base:
         # without a backward: every later step would train on a gradient that has lost its way through the weight.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    base_load.prepare(model, device=device)
+    notes = base_load.prepare(model, device=device)
     if cfg.checkpoint_activations:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -83,6 +83,7 @@ def load(cfg: BaseConfig, device: torch.device) -> Base:
         compute_dtype=compute_dtype,
         is_sharded=False,
         own_attention=model.config._attn_implementation,
+        notes=notes,
     )
 
 

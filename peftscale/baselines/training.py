@@ -286,6 +286,8 @@ def _note_start(job: Job) -> None:
     """What should be known before the first step."""
     if job.learner.state() is None and job.cfg.metrics_path.exists():
         job.journal.note(0, f"starts from its first step, as it did before: {job.cfg.method} keeps no checkpoint")
+    for text in job.base.notes:
+        job.journal.note(0, text)
     if job.task.num_cut:
         job.journal.note(0, f"{job.task.num_cut} inputs were cut to task.max_text_tokens")
     if job.cfg.base.sharding == "world" and comm.world_size() > 1:

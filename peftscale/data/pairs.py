@@ -44,7 +44,7 @@ def examples(
 
 def to_score(examples: tuple[Example, ...]) -> TaskData:
     """The examples of pairs as the test split of a task whose one label is the target, whatever it is."""
-    return _task(examples, ("target",), has_shared_choices=False, max_tokens=None, max_target_tokens=1)
+    return _task(examples, ("target",), has_shared_choices=False, max_target_tokens=1)
 
 
 def to_choose(texts: Sequence[str], words: Sequence[str], encoder: TextEncoder, *, max_tokens: int | None) -> TaskData:
@@ -66,7 +66,7 @@ def to_choose(texts: Sequence[str], words: Sequence[str], encoder: TextEncoder, 
                 f"{list(of_text)} behind texts[{i}]. Choose other words."
             )
     asked = tuple(Example(i, ids, (), None, "", choices[i]) for i, ids in enumerate(inputs))
-    return _task(asked, words, has_shared_choices=len(set(choices)) == 1, max_tokens=max_tokens, max_target_tokens=1)
+    return _task(asked, words, has_shared_choices=len(set(choices)) == 1, max_target_tokens=1)
 
 
 def to_continue(texts: Sequence[str], encoder: TextEncoder, *, max_tokens: int | None, max_new_tokens: int) -> TaskData:
@@ -82,7 +82,7 @@ def to_continue(texts: Sequence[str], encoder: TextEncoder, *, max_tokens: int |
     for i, ids in enumerate(inputs):
         _refuse_misfit(encoder, ids, (0,), where=f"texts[{i}]", max_tokens=max_tokens)  # room for one token
     asked = tuple(Example(i, ids, (), None, "") for i, ids in enumerate(inputs))
-    return _task(asked, (), has_shared_choices=False, max_tokens=max_tokens, max_target_tokens=max_new_tokens)
+    return _task(asked, (), has_shared_choices=False, max_target_tokens=max_new_tokens)
 
 
 def _task(
@@ -90,7 +90,6 @@ def _task(
     words: Sequence[str],
     *,
     has_shared_choices: bool,
-    max_tokens: int | None,
     max_target_tokens: int,
 ) -> TaskData:
     return TaskData(
@@ -103,7 +102,6 @@ def _task(
         num_cut=0,
         num_seams=0,
         has_shared_choices=has_shared_choices,
-        max_tokens=max_tokens,
         max_target_tokens=max_target_tokens,
     )
 
@@ -132,5 +130,6 @@ def _refuse_misfit(encoder: TextEncoder, ids: Ids, target_ids: Ids, *, where: st
     if max_tokens is not None and num_tokens > max_tokens:
         raise DataError(
             f"{where}: has {num_tokens} tokens ({len(ids)} of input, {len(target_ids)} of target); at most "
-            f"{max_tokens} fit (the base's positions minus the adapter's length). Shorten the input."
+            f"{max_tokens} fit (the base's positions, with longrope those of short texts, minus the adapter's length). "
+            f"Shorten the input."
         )

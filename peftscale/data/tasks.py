@@ -67,8 +67,6 @@ class TaskData:
     As a rule `input` ends in a blank that belongs in front of the target."""
     has_shared_choices: bool
     """Every example has the same choices_ids: they do not depend on the input."""
-    max_tokens: int | None
-    """Input and target of one example together, at most."""
     max_target_tokens: int
 
     def split(self, name: Split) -> tuple[Example, ...]:
@@ -82,11 +80,13 @@ class TaskData:
             raise DataError(f"task {self.name}: no {name} split; give task.files.{name} or task.hub.{name}.")
         return examples
 
-    def num_new_tokens(self, example: Example) -> int:
-        """How many tokens may be generated behind this input, EOS included: at least 1."""
-        if self.max_tokens is None:
-            return self.max_target_tokens
-        return min(self.max_target_tokens, self.max_tokens - len(example.input_ids))
+    def num_new_tokens(self, example: Example, *, room: int | None) -> int:
+        """How many tokens may be generated behind this input, EOS included.
+
+        Args:
+            room: tokens of input and target together, at most; None: no limit.
+        """
+        return self.max_target_tokens if room is None else min(self.max_target_tokens, room - len(example.input_ids))
 
 
 def load(
@@ -102,7 +102,7 @@ def load(
     Args:
         task: which files, which templates. Paths are absolute or relative to the working directory.
         tokenizer: of the base.
-        max_tokens: what fits: the base's positions minus the longest prompt. None: no limit.
+        max_tokens: what has to fit: the base's positions minus the longest prompt. None: no limit.
         splits: what to load. A test split that the task does not have is left empty.
         is_encoder_decoder: of the base: inputs and all targets end as its tokenizer ends a text, as T5's.
 
@@ -181,7 +181,6 @@ def _tokenised(
         num_cut=sum(len(short) < len(long) for short, long in zip(cut, inputs, strict=True)),
         num_seams=sum(not is_joined for _, is_joined in found),
         has_shared_choices=task.labels is not None and len(set(choices)) == 1,
-        max_tokens=max_tokens,
         max_target_tokens=task.max_target_tokens,
     )
 
@@ -293,7 +292,9 @@ def _refuse_long(
         return
     behind = [max(map(len, (target, *words))) for target, words in zip(targets, choices, strict=True)]
     worst = max(range(len(texts)), key=behind.__getitem__)
-    limit = f"at most {max_tokens} fit (the base's positions minus the longest prompt)"
+    limit = (
+        f"at most {max_tokens} fit (the base's positions, with longrope those of short texts, minus the longest prompt)"
+    )
     if behind[worst] >= max_tokens:
         raise DataError(
             f"task.target: row {texts[worst].index} (counted from 0) of {texts[worst].where} has a target of "

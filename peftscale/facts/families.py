@@ -162,6 +162,8 @@ def _decoder(model: str, raw: Mapping[str, Any]) -> BaseFacts | None:
     keys = {key: family.keys.get(key, key) for key in (*usual, "max_position_embeddings")}
     if not all(key in cfg for key in keys.values()):
         return None
+    if "short_factor" in str(cfg.get("rope_parameters") or cfg.get("rope_scaling")):
+        return None  # longrope: what its old spellings and left out keys mean for the positions is transformers' to say
     if any(cfg.get(key, want) not in (want, cfg.get(str(want))) for key, want in family.needs.items()):
         return None
     sized = {name: cfg[key] for name, key in keys.items() if cfg[key] is not None or name != "intermediate_size"}

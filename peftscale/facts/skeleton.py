@@ -63,12 +63,26 @@ def read(model_dir: Path) -> BaseFacts:
         head_dim=getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or text.hidden_size // heads,
         activation=str(act or getattr(text, "activation_function", None) or getattr(text, "dense_act_fn", None)),
         vocab_size=text.vocab_size,
-        max_positions=getattr(text, "max_position_embeddings", None),
+        max_positions=max_positions(text),
         is_tied=head.weight is embedding.weight,
         is_encoder_decoder=bool(config.is_encoder_decoder),
         units=in_order(units),
         num_decoder_layers=_decoder_layers(model, units),
     )
+
+
+def max_positions(text: Any) -> int | None:
+    """Longest sequence of a language model, from transformers' config of it; None where there is no limit.
+
+    With longrope, the longest for which it keeps the frequencies of short texts: one row that is longer would give the
+    others of its pass its frequencies too, so that their results would depend on what they happen to stand beside.
+    """
+    limits = [getattr(text, "max_position_embeddings", None)]
+    rope = getattr(text, "rope_parameters", None) or {}
+    for part in (rope, *rope.values()):  # some families have frequencies of their own for each kind of layer
+        if isinstance(part, dict) and part.get("rope_type") == "longrope":
+            limits.append(part["original_max_position_embeddings"])
+    return min((int(limit) for limit in limits if limit is not None), default=None)
 
 
 def _decoder_layers(model: Any, units: Sequence[UnitFacts]) -> int:

@@ -112,7 +112,8 @@ class BaseFacts:
     """Of the feed-forward part, as transformers names it."""
     vocab_size: int
     max_positions: int | None
-    """Longest sequence, or None where positions are relative (T5)."""
+    """Longest sequence, or None where positions are relative (T5). With longrope (Phi-3 of 128k), the longest of those
+    that it computes as short ones: `skeleton.max_positions`."""
     is_tied: bool
     """The head is the input embedding again: its unit names the embedding's tensor, which is stored once."""
     is_encoder_decoder: bool

@@ -244,6 +244,11 @@ def _shape_problems(cfg: RunConfig, facts: BaseFacts, hardware: Hardware, world:
             f"{world} ranks need {world} GPUs, {hardware.label} has {hardware.num_devices}; lower cluster.workers."
         )
     for name, adapter in cfg.adapters.items():
+        if adapter.kind == "prefix" and cfg.train.packing == "off" and not facts.is_encoder_decoder:
+            problems.append(
+                f"adapters.{name}.kind: a prefix in {facts.model} needs packed passes, got train.packing='off'; set "
+                f"that to 'auto', or kind to 'prompt'."
+            )
         tasks = cfg.adapter_tasks(name)
         text, target = max(
             ((task.max_text_tokens or 1, target_tokens(task) if task.labels is None else 1) for task in tasks), key=sum
@@ -253,7 +258,8 @@ def _shape_problems(cfg: RunConfig, facts: BaseFacts, hardware: Hardware, world:
         if facts.max_positions is not None and row > facts.max_positions:
             problems.append(
                 f"adapters.{name}.length={adapter.length} and {text} text and {target} target token(s) make {row}, "
-                f"the base has {facts.max_positions} positions; shorten the prompt or task.max_text_tokens."
+                f"the base has {facts.max_positions} positions (with longrope, those of short texts); shorten "
+                f"the prompt or task.max_text_tokens."
             )
         if row > cfg.train.microbatch_tokens:
             problems.append(

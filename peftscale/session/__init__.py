@@ -245,8 +245,7 @@ class Session:
         if adapter is not None and adapter not in self.cohort:
             known = ", ".join(map(repr, self.cohort))
             raise DataError(f"{adapter!r} is no adapter of this session; it has {known}.")
-        positions = self.base.max_positions
-        return None if positions is None else positions - (0 if adapter is None else self.cohort[adapter].length)
+        return self.base.room(0 if adapter is None else self.cohort[adapter].length)
 
     def _examples(self, batch: Batch) -> dict[str, tuple[Example, ...]]:
         """The examples of each adapter of the batch, in the order of the cohort."""

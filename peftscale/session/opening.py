@@ -78,8 +78,11 @@ def load_base(
     comm.tap()
     base = setup.load_base(cfg, setup.place(cfg, on), on)
     note = None if packing == "off" else setup.pack_where_exact(base)
-    if note and comm.rank() == 0:
-        log.log(logging.INFO if base.is_packed else logging.WARNING, note)
+    if comm.rank() == 0:
+        for text in base.notes:
+            log.info(text)
+        if note:
+            log.log(logging.INFO if base.is_packed else logging.WARNING, note)
     return base
 
 

@@ -187,9 +187,10 @@ def _generate(
     items: list[Item] = []
     for number, cell in enumerate(cells):
         if not cell.task.labels:
-            room = [cell.task.num_new_tokens(example) for example in cell.examples]
             name, length = cell.adapter, lengths[cell.adapter]
-            items += generation_items(name, length, cell.examples, num_new_tokens=room, cell=number)
+            room = base.room(0 if name == BASE_ALONE else adapters[name].length)
+            num_new = [cell.task.num_new_tokens(example, room=room) for example in cell.examples]
+            items += generation_items(name, length, cell.examples, num_new_tokens=num_new, cell=number)
     if not items:
         return {}
     texts: dict[tuple[int, int], str] = {}

@@ -86,7 +86,7 @@ def on_tasks(
 
     Args:
         names: of adapters, and BASE_ALONE for the base as it is.
-        max_tokens: that fit behind the longest prompt.
+        max_tokens: that have to fit: behind the longest prompt.
     """
     cells: list[Cell] = []
     for of_task in task_configs:
@@ -168,8 +168,8 @@ def open_(cfg: RunConfig, directories: Sequence[Path], device: torch.device) -> 
 
 
 def _room(opened: Opened) -> int | None:
-    positions = opened.base.max_positions
-    return None if positions is None else positions - max((a.length for a in opened.adapters.values()), default=0)
+    """What has to fit behind every adapter."""
+    return opened.base.room(max((adapter.length for adapter in opened.adapters.values()), default=0))
 
 
 def readable(predictions: Sequence[int] | Sequence[str], task: TaskData) -> list[str]:

@@ -103,7 +103,7 @@ def open_job(
     planned = setup.make_plan(cfg, device, passes_per_step=passes, tokens_per_pass=tokens)
     job = Job(cfg, base, data, state, planned, identity, peak, report, starts, Journal(cfg, watch))
     _begin(job)
-    for text in (chosen, *unverified):
+    for text in (*base.notes, chosen, *unverified):
         if text:
             _note(job, text)
     return job

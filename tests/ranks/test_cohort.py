@@ -97,7 +97,7 @@ def _take_gradient(adapter: torch.nn.Module) -> Tensor:
 def test_the_gradient_of_an_adapter_in_a_cohort_is_its_gradient_alone(tmp_path: Path, packing: str, world: int) -> None:
     cfg = _config(tmp_path, "four", _four(tmp_path), **{"train.packing": packing})
     for errors in run_ranks(_gradients, world, tmp_path / "ranks", cfg):
-        assert max(errors.values()) < 2e-6, errors  # float32 order of sums; measured up to 1.32e-6
+        assert all(error < 2e-6 for error in errors.values()), errors  # float32 order of sums; measured up to 1.32e-6
 
 
 def _train(cfgs: list[RunConfig]) -> list[RunSummary]:
@@ -128,7 +128,7 @@ def test_after_twenty_steps_each_adapter_is_where_it_would_be_alone(tmp_path: Pa
         errors[name] = float((together - single).norm() / (single - start).norm())
         assert summary.adapters[name].steps == (12 if name == "wish" else NUM_STEPS)
         assert summary.adapters[name].stopped is None
-    assert max(errors.values()) < 1e-5, errors  # measured up to 1.2e-6
+    assert all(error < 1e-5 for error in errors.values()), errors  # measured up to 1.2e-6
     assert summary.steps == NUM_STEPS
     notes = [row.text for row in records.read(cohort.run_dir / "metrics.jsonl") if isinstance(row, NoteRecord)]
     assert [text for text in notes if "done" in text] == ["wish is done at step 12: it has taken its 12 steps"]

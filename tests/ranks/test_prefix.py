@@ -87,9 +87,10 @@ def test_one_and_two_ranks_give_one_gradient_sharded_with_checkpointing_on_and_o
                 torch.testing.assert_close(got["start"][key], value, rtol=0, atol=1e-6)
             assert got["losses"] == pytest.approx(want["losses"], rel=1e-6)
             assert got["reduced"] == (got["bytes"] if world > 1 else 0)
-            worst[name] = max(_errors(got["gradients"], want["gradients"]).values())
+            errors = _errors(got["gradients"], want["gradients"])
+            worst[name] = float(torch.tensor([*errors.values()]).max())  # NaN stays
     assert worst["1 replicated True 4096"] == 0  # a block that is computed again gives the same bits
-    assert max(worst.values()) < 2e-6, worst  # float32 order of sums; measured 1.0e-6
+    assert all(error < 2e-6 for error in worst.values()), worst  # float32 order of sums; measured 1.0e-6
 
 
 @pytest.mark.parametrize("adapter", [PLAIN, NETWORK], ids=["plain", "network"])
@@ -109,7 +110,7 @@ def test_a_cohort_of_prompts_and_prefixes_equals_each_alone(tmp_path: Path) -> N
         cfg = tiny.run_config(tmp_path, base=path, adapters={name: adapter})
         (alone,) = run_ranks(_gradient, 1, tmp_path / name, cfg, "replicated", 4096)
         errors = _errors(alone["gradients"], together["gradients"])
-        assert max(errors.values()) < 1e-6, errors  # measured 4.6e-7
+        assert all(error < 1e-6 for error in errors.values()), errors  # measured 4.6e-7
         assert alone["losses"][name] == pytest.approx(together["losses"][name], rel=1e-6)
 
 

@@ -5,7 +5,6 @@ some ranks; five to classify; five to continue, of which one has room for a sing
 write forty. A rank that made one gather too few or too many would let the others wait until the harness's time-out.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from peftscale.train import evaluate, setup, step
 
 pytestmark = pytest.mark.ranks
 
-TWO = {
+TWO: dict[str, dict[str, Any]] = {
     "mood": {"kind": "prompt", "length": 5, "init": "vocabulary"},
     "tone": {"kind": "prompt", "length": 3, "init": "random"},
 }
@@ -112,8 +111,10 @@ def _write(cfg: RunConfig, sharding: str, end_id: int) -> list[tuple[int, ...] |
 def _task_with_one_short_row(cfg: RunConfig, base: Base) -> TaskData:
     """The longest example has room for one token, all others for forty."""
     task = tasks.load(cfg.task, base.tokenizer, max_tokens=MAX_TOKENS)
-    task = dataclasses.replace(task, max_tokens=max(len(example.input_ids) for example in task.validation) + 1)
-    assert sorted(task.num_new_tokens(example) for example in task.validation) == [1, *[NEW_TOKENS] * 4]
+    longest = max(len(example.input_ids) for example in task.validation)
+    base.model.config.max_position_embeddings = TWO["mood"]["length"] + longest + 1
+    num_new = [task.num_new_tokens(example, room=longest + 1) for example in task.validation]
+    assert sorted(num_new) == [1, *[NEW_TOKENS] * 4]
     return task
 
 
@@ -170,7 +171,7 @@ def test_the_shares_are_as_unequal_as_the_test_above_needs_them(tmp_path: Path) 
     base = _load(cfg, "replicated")
     train = tasks.load(cfg.task, base.tokenizer, max_tokens=MAX_TOKENS).train
     assert sorted(len(example.input_ids) for example in train) == [8, 9, 9, 13, 23, 43, 100]
-    items = [i for name, adapter in TWO.items() for i in training_items(name, adapter["length"], train)]  # type: ignore[arg-type]
+    items = [i for name, adapter in TWO.items() for i in training_items(name, adapter["length"], train)]
     shares = plan_passes(items, world=3, microbatch_tokens=MICROBATCH_TOKENS)
     rows = [[len(of_pass) for of_pass in of_rank] for of_rank in shares]
     assert len({len(of_rank) for of_rank in rows}) == 1 and len({sum(of_rank) for of_rank in rows}) > 1

@@ -308,7 +308,7 @@ CASES: list[tuple[Callable[[Place], list[str | Path]], tuple[str, ...]]] = [
     ),
     (
         _prompt_longer_than_the_context,
-        (FILE, "adapters.mood.length=127 and 1 text and 1 target", "the base has 128 positions; shorten the prompt"),
+        (FILE, "adapters.mood.length=127 and 1 text and 1 target", "the base has 128 positions (with longrope"),
     ),
     (
         _prompt_and_text_longer_than_the_context,

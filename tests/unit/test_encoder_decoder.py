@@ -1,7 +1,7 @@
 """Encoder-decoder bases: prompts on encoder and decoder, prefixes in all three attentions, and what is refused."""
 
 import json
-import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM
 
-from peftscale import adapters
+from peftscale import adapters, driver, records
 from peftscale.adapters import Cohort, initialisation
 from peftscale.base import encoder_decoder, load, passes, prefixed, slots, slots_exactness
 from peftscale.base.linear import FrozenLinear
@@ -139,19 +139,19 @@ def test_a_packed_t5_has_the_logits_of_transformers_with_its_dequantised_weights
         assert _error(passes.target_logits(base, rows), want_MV) < 2e-6
 
 
-def test_dropout_is_left_out_and_said_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    cfg = _config(tmp_path)
-    with caplog.at_level(logging.INFO):
-        base = _load(cfg)
-    assert "dropout is left out in" in caplog.text
+def test_dropout_is_left_out_and_a_run_says_so(tmp_path: Path) -> None:
+    cfg = _config(tmp_path, **{"train.steps": 1})
+    base = _load(cfg)
     row = Row(None, [5, 9, 11, 40, 8], 2)
     with torch.no_grad():
         assert base.model.training
         assert torch.equal(passes.target_logits(base, [row]), passes.target_logits(base, [row]))
         theirs = _theirs(tmp_path).train()
-        assert (
-            _error(transformers_logits(theirs, row), transformers_logits(theirs, row)) > 1e-2
-        )  # it does something there
+        once, again = (transformers_logits(theirs, row) for _ in range(2))
+    assert _error(once, again) > 1e-2  # it does something there
+    driver.run(cfg)
+    notes = [row.text for row in records.read(cfg.metrics_path) if isinstance(row, records.NoteRecord)]
+    assert re.fullmatch(r"dropout is left out in \d+ places of the base", notes[0]), notes
 
 
 # What is not exact is refused
@@ -175,6 +175,12 @@ def test_dropout_that_was_left_in_would_be_found_out(tmp_path: Path) -> None:
     base = _load(_config(tmp_path))
     base.model.encoder.dropout.p = 0.1
     assert "t5: a text as embeddings is off by" in (slots_exactness.texts_differ(base) or "")
+
+
+def test_a_prefix_asks_for_no_packing_where_nothing_is_packed(tmp_path: Path) -> None:
+    prefix = {"mood": {"kind": "prefix", "length": 3, "init": "random"}}
+    ended = driver.run(_config(tmp_path, adapters=prefix, **{"train.packing": "off", "train.steps": 1}))
+    assert (ended.packing, ended.steps) == ("padded", 1)
 
 
 def test_a_prefix_on_another_family_is_refused_by_name(tmp_path: Path) -> None:

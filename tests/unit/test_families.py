@@ -1,7 +1,9 @@
 """Promise 12: a base takes packed passes only where they are exact; everything else is padded, and says why."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import families
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peftscale import driver
-from peftscale.base import attention, exactness, load
+from peftscale.base import attention, exactness, load, slots, slots_exactness
 from peftscale.config import BaseConfig
 
 PADDED = {"falcon", "bloom"}
@@ -28,8 +30,19 @@ def test_the_packed_pass_is_exact_for(family: str) -> None:
 @pytest.mark.parametrize("family", sorted(PADDED))
 def test_a_family_that_bypasses_the_registry_is_padded_with_a_reason(family: str) -> None:
     reason = exactness.small_copy_differs(CONFIGS[family])
-    assert reason is not None
-    assert "does not go through transformers' attention registry" in reason or "the packed pass fails" in reason
+    assert reason == f"{family}: its attention does not go through transformers' attention registry"
+
+
+def test_a_crash_inside_of_the_packed_attention_is_no_bypass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control of the reason above."""
+
+    def crashes(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        attention.packed_attention(*args, **kwargs)
+        raise TypeError("no such thing")
+
+    monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.NAME, crashes)
+    reason = exactness.small_copy_differs(CONFIGS["llama"])
+    assert reason == "llama: the packed pass fails (TypeError: no such thing)"
 
 
 @pytest.mark.parametrize("family", families.encoder_decoders())
@@ -71,6 +84,37 @@ def test_an_attention_that_ignores_what_a_layer_asks_for_is_found_out(
     reason = exactness.small_copy_differs(CONFIGS[family])
     assert reason is not None
     assert "packed and padded passes differ by" in reason
+
+
+class _NotANumber(torch.autograd.Function):
+    """Passes on what comes in forward, and NaN in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor) -> Tensor:
+        return states.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return torch.full_like(gradients[0], float("nan"))
+
+
+def _spoiled(attend: Callable[..., tuple[Tensor, None]]) -> Callable[..., tuple[Tensor, None]]:
+    """Right outputs, and gradients that are not numbers."""
+
+    def spoiled(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return _NotANumber.apply(attend(*args, **kwargs)[0]), None
+
+    return spoiled
+
+
+def test_a_gradient_that_is_not_a_number_is_found_out_behind_right_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, llama = attention.AttentionInterface._global_mapping, CONFIGS["llama"]
+    monkeypatch.setitem(registry, attention.NAME, _spoiled(attention.packed_attention))
+    assert exactness.small_copy_differs(llama) == "llama: packed and padded passes differ by nan"
+    assert exactness.prefix_differs(llama) == "llama: a prefix in the packed pass is off by nan"
+    monkeypatch.setitem(registry, slots.NAME, _spoiled(slots.slotted_attention))
+    reason = slots_exactness.differs(families.encoder_decoders()["t5"], own_attention="sdpa")
+    assert reason == "t5: a prefix is off by nan"
 
 
 def test_a_run_over_a_base_whose_window_would_be_ignored_is_padded_and_says_so(

@@ -298,6 +298,22 @@ def test_the_check_at_load_finds_a_wrong_gradient_behind_right_outputs(
     assert reason.startswith("layer 0: its gradients of keys differ by")
 
 
+@pytest.mark.usefixtures("uncompiled")
+def test_the_check_at_load_finds_a_kernel_that_is_wrong_for_prefixes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Any:
+        own, behind = key.split([query.shape[2], key.shape[2] - query.shape[2]], dim=2)
+        wrong = torch.cat([own, behind + 0.2 * (behind - behind.detach())], dim=2)
+        return torch_flex.flex_attention(query, wrong, value, **arguments)
+
+    monkeypatch.setattr(flex, "_compiled", lambda: kernel)
+    base = _quickstart("float32")
+    reason = flex_exactness.flex_differs(base)
+    assert reason is not None
+    assert reason.startswith("layer 0: its gradients of prefixes differ by")
+    monkeypatch.setattr(exactness, "prefix_differs", lambda *_, **__: "none here")
+    assert flex_exactness.flex_differs(base) is None  # such a base has no prefix to be wrong for
+
+
 def test_a_base_on_which_the_kernel_fails_is_told_so_and_goes_on() -> None:
     base = _quickstart("float32")
     reason = flex_exactness.flex_differs(base)

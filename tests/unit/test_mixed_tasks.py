@@ -256,3 +256,25 @@ def test_an_evaluation_that_cannot_be_is_refused(
     done = commands.run("evaluate", here / "run.json", *words)
     assert (done.code, done.out) == (2, "")
     assert message in done.err
+
+
+def test_what_an_adapter_writes_does_not_depend_on_a_longer_one_beside_it(tmp_path: Path) -> None:
+    """Of 128 positions a prompt of 60 leaves fewer than 64 behind these texts, one of 2 does not."""
+    lengths = {"short": 2, "long": 60}
+    files = dict.fromkeys(("train", "validation"), str(tiny.save_reviews(tmp_path / "two", tiny.REVIEWS[1:5:3])))
+    task = {"task.files": files, "task.labels": None, "task.metrics": ["exact_match"], "task.max_target_tokens": 64}
+
+    def written(*names: str) -> list[Evaluation]:
+        made = {name: {"kind": "prompt", "length": lengths[name], "init": "random"} for name in names}
+        cfg = tiny.run_config(tmp_path, adapters=made, **task)
+        base = load.load(cfg.base, sharding="replicated", device=torch.device("cpu"))
+        base.tokenizer.eos_token = None  # nothing ends before its room does
+        data = setup.load_tasks(cfg)["short"].tasks[0]
+        assert 128 - 2 - 64 > max(len(example.input_ids) for example in data.validation) > 128 - 60 - 64
+        torch.manual_seed(0)
+        adapters = {name: SoftPrompt(torch.randn(lengths[name], 64)) for name in names}
+        cells = [Cell(name, data, data.validation, ()) for name in (BASE_ALONE, *names)]
+        return evaluate.run_cells(base, adapters, cells, microbatch_tokens=4096)
+
+    alone, together = written("short"), written("short", "long")
+    assert [result.predictions for result in alone] == [result.predictions for result in together[:2]]

@@ -37,7 +37,6 @@ def _task(name: str, num_examples: int) -> TaskData:
         num_cut=0,
         num_seams=0,
         has_shared_choices=False,
-        max_tokens=None,
         max_target_tokens=4,
     )
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from peftscale import adapters, configio, facts, plan
+from peftscale import adapters, configio, driver, facts, plan
 from peftscale.adapters import Cohort, Prefix, ReparametrisedPrefix, SoftPrompt, files, initialisation, peft_format
 from peftscale.adapters.reparam import FoldedPrefix
 from peftscale.base import attention, exactness, load, padded, passes, prefixed
@@ -258,13 +258,22 @@ def test_facts_count_key_heads_where_several_query_heads_share_one() -> None:
             },
             "adapters.mood.init: 'text' gives keys and values, which the network of reparam='mlp' cannot start at",
         ),
-        ({"train.packing": "off"}, "adapters.mood.kind: a prefix needs packed passes, got train.packing='off'"),
     ],
 )
 def test_a_prefix_that_cannot_be_is_refused_with_its_key(tmp_path: Path, changes: dict[str, Any], line: str) -> None:
     with pytest.raises(ConfigError) as caught:
         _config(tmp_path, **changes)
     assert f"  {line}" in str(caught.value)
+
+
+def test_a_prefix_with_packing_off_is_refused_before_the_base_is_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEFTSCALE_CACHE", str(tmp_path / "cache"))
+    line = r"adapters.mood.kind: a prefix in .* needs packed passes, got train.packing='off'; set that to 'auto'"
+    with pytest.raises(ConfigError, match=line):
+        driver.run(_config(tmp_path, **{"train.packing": "off"}))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_base_that_takes_padded_passes_refuses_a_prefix_by_name(tmp_path: Path) -> None:

@@ -228,8 +228,8 @@ def test_a_target_longer_than_the_context_is_refused_cut_or_not(
 
 def test_generation_never_goes_past_the_base_s_positions(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     task = _generated(tmp_path, max_target_tokens=30)
-    assert tasks.load(task, tokenizer, max_tokens=None).num_new_tokens(tasks.Example(0, (1,) * 7, (2,), None, "")) == 30
-    assert tasks.load(task, tokenizer, max_tokens=35).num_new_tokens(tasks.Example(0, (1,) * 7, (2,), None, "")) == 28
+    data, example = tasks.load(task, tokenizer, max_tokens=None), tasks.Example(0, (1,) * 7, (2,), None, "")
+    assert [data.num_new_tokens(example, room=room) for room in (None, 40, 35)] == [30, 30, 28]
 
 
 @pytest.mark.parametrize(
