@@ -20,7 +20,7 @@ from peftscale.train_config import TrainConfig as TrainConfig
 
 Quantization = Literal["nf4", "int8", "none"]
 ComputeDtype = Literal["bfloat16", "float32"]
-Sharding = Literal["auto", "replicated", "world"]
+Sharding = Literal["auto", "replicated", "node", "world"]
 LabelMetric = Literal["accuracy", "f1", "macro_f1", "group_exact_match"]
 TextMetric = Literal["squad_f1", "squad_exact_match", "referent_accuracy", "bleu"]
 Metric = Literal[LabelMetric, TextMetric, "exact_match", "mean"]
@@ -39,7 +39,8 @@ class BaseConfig(Frozen):
     compute_dtype: ComputeDtype
     """The dtype of activations, embeddings, norms and head. Adapters are float32 always."""
     sharding: Sharding
-    """replicated: a packed copy on every rank; world: a slice on every rank; auto: what `plan` finds better."""
+    """replicated: a packed copy on every rank; node: a slice on every rank of a node, so that no weight crosses the
+    network (planned, not run yet); world: a slice on every rank of all; auto: what `plan` finds better."""
     checkpoint_activations: bool
     """Keep one activation a block and compute the rest again in backward: less memory, about a third more time."""
     pack_dir: Path | None = None

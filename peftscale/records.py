@@ -128,6 +128,10 @@ class Predicted(Row):
     gathered_bytes_per_step: int
     control_bytes_per_step: int
     peak_rank_bytes: int
+    step_s: float | None = None
+    """None where the rates of the device are not known."""
+    assumes: str = ""
+    """What `step_s` rests on, or why there is none."""
 
 
 class AdapterSummary(Row):
@@ -164,6 +168,8 @@ class RunSummary(Row):
     gathered_bytes_per_step: int
     control_bytes_per_step: int
     peak_rank_bytes: int
+    step_s: float | None = None
+    """Median over the training steps; None without one, and in summaries that were written without it."""
     predicted: Predicted
     adapters: dict[str, AdapterSummary]
 

@@ -55,6 +55,10 @@ def summary_table(summary: RunSummary) -> Table:
             table.add_row(f"{name}: directory", adapter.dir, "")
     for key in ("reduced_bytes_per_step", "gathered_bytes_per_step", "control_bytes_per_step", "peak_rank_bytes"):
         table.add_row(key.replace("_", " "), f"{getattr(summary, key):,}", f"{getattr(summary.predicted, key):,}")
+    if summary.step_s is not None:
+        step_s = summary.predicted.step_s
+        table.add_row("seconds per step", f"{summary.step_s:.3g}", "" if step_s is None else f"{step_s:.3g}")
+        table.caption = f"predicted {summary.predicted.assumes}" if step_s is not None else None
     table.add_row("seconds", f"{summary.seconds:.1f}", "")
     table.add_row("tokens per second", f"{summary.tokens_per_s:,.0f}", "")
     return table

@@ -99,7 +99,7 @@ def run(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory) -> RunSum
         journal.record(EvaluationRecord(step=0, adapter=_NAME, split=title, metrics=scores, seconds=before.seconds))
     ended = summary.make(
         (),
-        budget.of_evaluation(cfg, placed, world=comm.world_size()),
+        budget.of_evaluation(cfg, device, placed, world=comm.world_size()),
         name=cfg.name,
         is_packed=base.is_packed,
         seconds=time.perf_counter() - start,

@@ -29,6 +29,7 @@ from peftscale.data.batches import Cursor, Item, plan_passes, training_items
 from peftscale.data.rows import Split
 from peftscale.data.tasks import TaskData
 from peftscale.errors import TrainingError
+from peftscale.plan import Plan
 from peftscale.records import AdapterSummary, EvaluationRecord, RunSummary, StepRecord
 from peftscale.train import checkpoint, comm, evaluate, memory, optim, step, summary, worker
 from peftscale.train.checkpoint import AdapterProgress, Identity
@@ -107,7 +108,6 @@ def run(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, report: C
                 device,
                 world=comm.world_size(),
                 num_trained=sum(p.numel() for p in learner.named.values()),
-                num_tensors=len(learner.named),
                 passes=_typical_passes(job),
             )
         )
@@ -130,7 +130,7 @@ def _take(job: Job, cursor: Cursor) -> tuple[list[Item], Cursor]:
     return training_items(job.cfg.method, 0, [job.task.train[i] for i in at]), cursor
 
 
-def _train(job: Job, planned: budget.Budget, peak: memory.PeakMemory) -> RunSummary:
+def _train(job: Job, planned: Plan, peak: memory.PeakMemory) -> RunSummary:
     cfg, split, start = job.cfg, worker.reported_split(job.task), time.perf_counter()
     ended = cfg.summary_path
     stands = comm.gather_objects(ended.read_text() if comm.rank() == 0 and ended.exists() else None)
@@ -284,15 +284,13 @@ def _note_start(job: Job) -> None:
         job.journal.note(0, f"starts from its first step, as it did before: {job.cfg.method} keeps no checkpoint")
     if job.task.num_cut:
         job.journal.note(0, f"{job.task.num_cut} inputs were cut to task.max_text_tokens")
-    if job.cfg.base.sharding == "world" and comm.world_size() > 1:
+    if job.cfg.base.sharding not in ("auto", "replicated") and comm.world_size() > 1:
         job.journal.note(
             0, f"method={job.cfg.method} holds the base whole on every rank: base.sharding is for adapters"
         )
 
 
-def _finish(
-    job: Job, planned: budget.Budget, peak: memory.PeakMemory, after: dict[str, float], seconds: float
-) -> RunSummary:
+def _finish(job: Job, planned: Plan, peak: memory.PeakMemory, after: dict[str, float], seconds: float) -> RunSummary:
     cfg, progress, folder = job.cfg, job.progress, job.learner.directory
     # Every rank takes rank 0's: the file is its own, and it holds the steps before a restart too.
     rows = comm.gather_objects(summary.steps_of(cfg.metrics_path) if comm.rank() == 0 else None)[0]

@@ -10,12 +10,12 @@ Shapes:  H hidden   A heads * head size   F feed-forward   V vocabulary   P virt
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from peftscale.config import AdapterConfig, PrefixConfig, Quantization, RunConfig, TaskConfig
 from peftscale.facts import BaseFacts, UnitFacts, dtype_bytes
 
-Mode = Literal["replicated", "world"]
+CONTROL_BYTES = 64
+"""Most bytes an adapter may send in a step beside its gradient: loss, token counts, flags."""
 _TANH_BY_HAND = ("gelu_new", "gelu_fast")  # written out in Python, so that autograd keeps every step
 
 
@@ -24,7 +24,8 @@ class Setting:
     """What may be turned to make a run fit."""
 
     world: int
-    sharding: Mode
+    holders: int
+    """Ranks that hold the base together: 1 where it is replicated."""
     quantization: Quantization
     checkpoints: bool
     tokens: int
@@ -51,7 +52,7 @@ def rank_parts(cfg: RunConfig, facts: BaseFacts, setting: Setting) -> dict[str, 
             tokens=setting.tokens,
             dense_bytes=dense,
             is_checkpointed=setting.checkpoints,
-            decoder_tokens=_decoder_tokens(cfg, setting) if facts.is_encoder_decoder else 0,
+            decoder_tokens=decoder_tokens(cfg, setting) if facts.is_encoder_decoder else 0,
             row_tokens=_row_tokens(cfg, setting),
         )
         + prefixes,
@@ -62,11 +63,10 @@ def rank_parts(cfg: RunConfig, facts: BaseFacts, setting: Setting) -> dict[str, 
 
 def weight_parts(facts: BaseFacts, setting: Setting, dense: int) -> dict[str, int]:
     """The parts of `rank_parts` that are the base's stored weights, which a rank holds whatever it is used for."""
-    is_sharded = setting.sharding == "world"
-    padded = sorted(unit.packed_bytes(setting.quantization, dense, setting.world) for unit in facts.stored_units)
+    padded = sorted(unit.packed_bytes(setting.quantization, dense, setting.holders) for unit in facts.stored_units)
     return {
-        "slice_bytes": sum(padded) // setting.world if is_sharded else facts.packed_bytes(setting.quantization, dense),
-        "gathered_units_bytes": sum(padded[-2:]) if is_sharded else 0,
+        "slice_bytes": sum(padded) // setting.holders,
+        "gathered_units_bytes": sum(padded[-2:]) if setting.holders > 1 else 0,
     }
 
 
@@ -170,8 +170,10 @@ def _block_activation(unit: UnitFacts, facts: BaseFacts, dense_bytes: int) -> in
 
 def gathered_bytes(facts: BaseFacts, setting: Setting, dense: int) -> int:
     """Gathered output of one pass: every unit in forward, and all but embeddings again in backward."""
+    if setting.holders == 1:
+        return 0
     return sum(
-        unit.packed_bytes(setting.quantization, dense, setting.world)
+        unit.packed_bytes(setting.quantization, dense, setting.holders)
         * (1 if unit.kind in ("embedding", "positions") else 2)
         for unit in facts.units
     )
@@ -189,6 +191,21 @@ def step_rows(cfg: RunConfig, world: int) -> int:
     return math.ceil(sum(cfg.adapter_train(name).examples_per_step for name in cfg.adapters) / world)
 
 
+def step_tokens(cfg: RunConfig, facts: BaseFacts, *, world: int, passes: int, tokens_per_pass: int) -> int:
+    """Tokens that a rank computes in a step, every text as long as task.max_text_tokens: full passes where that is not
+    given. Packed passes, where they are not off, compute a prompt once each."""
+    limits = [cfg.adapter_task(name).max_text_tokens for name in cfg.adapters]
+    if None in limits:
+        return passes * tokens_per_pass
+    rows = step_rows(cfg, world)
+    text = max(limit for limit in limits if limit is not None)
+    target = max(target_tokens(cfg.adapter_task(name)) for name in cfg.adapters)
+    virtual = [positions(adapter, facts) for adapter in cfg.adapters.values()]
+    is_packed = cfg.train.packing == "auto" and not facts.is_encoder_decoder
+    prompts = max(passes * max(virtual), math.ceil(sum(virtual) / world)) if is_packed else rows * max(virtual)
+    return min(passes * tokens_per_pass, rows * (text + target) + prompts)
+
+
 def _targets(cfg: RunConfig, setting: Setting) -> int:
     """Most target positions of one pass."""
     return _rows(cfg, setting) * max(target_tokens(cfg.adapter_task(name)) for name in cfg.adapters)
@@ -201,7 +218,7 @@ def _rows(cfg: RunConfig, setting: Setting) -> int:
     return max(1, min(step_rows(cfg, setting.world), setting.tokens // row))
 
 
-def _decoder_tokens(cfg: RunConfig, setting: Setting) -> int:
+def decoder_tokens(cfg: RunConfig, setting: Setting) -> int:
     """Tokens of one pass that go through the decoder: targets and what stands in front of them."""
     virtual = max(a.decoder_length if a.kind == "prompt" else a.length for a in cfg.adapters.values())
     return min(setting.tokens, _targets(cfg, setting) + _rows(cfg, setting) * virtual)

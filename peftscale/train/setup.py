@@ -56,15 +56,22 @@ def own_gpu() -> torch.device:
     return device
 
 
-def make_plan(cfg: RunConfig, device: torch.device, **known: int) -> Plan:
+def make_plan(cfg: RunConfig, device: torch.device, *, placed: Placement | None = None, **known: int) -> Plan:
     """The plan for the world that this run finds itself in: rank 0's, if it fits on every rank.
+
+    Args:
+        cfg: the run file.
+        device: of this rank.
+        placed: where the base lies already; None before it is loaded.
+        **known: arguments of `plan.make` that the data has decided.
 
     Raises:
         ConfigError: it does not fit, with what would help.
     """
 
     def local(base_facts: BaseFacts, hardware: Hardware) -> Plan:
-        planned = plan.make(cfg, base_facts, hardware, world=comm.world_size(), **known)
+        world = comm.world_size()
+        planned = plan.make(cfg, base_facts, hardware, world=world, modes=plan.RUN_MODES, placed=placed, **known)
         if not planned.fits:
             raise ConfigError("\n".join(planned.problems))
         return planned
@@ -78,7 +85,11 @@ def place(cfg: BaseConfig, device: torch.device) -> Placement:
     Raises:
         ConfigError: the weights do not fit.
     """
-    return _agreed(cfg, device, lambda of_base, machine: plan.place(cfg, of_base, machine, world=comm.world_size()))
+
+    def local(base_facts: BaseFacts, hardware: Hardware) -> Placement:
+        return plan.place(cfg, base_facts, hardware, world=comm.world_size(), modes=plan.RUN_MODES)
+
+    return _agreed(cfg, device, local)
 
 
 def _agreed(
@@ -87,6 +98,7 @@ def _agreed(
     """What rank 0 plans from the base's facts and its machine, once every rank has found it possible."""
 
     def work() -> AnyPlacement:
+        plan.refuse_what_is_only_planned(cfg)
         base_facts = facts.load(base_load.resolve(cfg.model, cfg.revision, with_weights=False))
         return local(base_facts, plan.detect(cuda=device.type == "cuda"))
 

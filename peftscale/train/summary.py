@@ -27,6 +27,10 @@ class Prediction(Protocol):
     def control_bytes_per_step(self) -> int: ...
     @property
     def peak_rank_bytes(self) -> int: ...
+    @property
+    def step_s(self) -> float | None: ...
+    @property
+    def assumes(self) -> str: ...
 
 
 def steps_of(metrics: Path) -> list[StepRecord]:
@@ -64,11 +68,14 @@ def make(
         gathered_bytes_per_step=median("gathered_bytes"),
         control_bytes_per_step=median("control_bytes"),
         peak_rank_bytes=peak_rank_bytes,
+        step_s=statistics.median(row.seconds for row in rows) if rows else None,
         predicted=records.Predicted(
             reduced_bytes_per_step=planned.reduced_bytes_per_step,
             gathered_bytes_per_step=planned.gathered_bytes_per_step,
             control_bytes_per_step=planned.control_bytes_per_step,
             peak_rank_bytes=planned.peak_rank_bytes,
+            step_s=planned.step_s,
+            assumes=planned.assumes,
         ),
         adapters=adapters,
     )

@@ -93,8 +93,8 @@ def open_job(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, repo
     identity = Identity(
         base.digest, configio.fingerprint(cfg), comm.world_size(), torch.get_num_threads(), configio.dump(cfg)
     )
-    passes, tokens = _typical_passes(cfg, cohort, data, is_packed=base.is_packed)
-    planned = setup.make_plan(cfg, device, passes_per_step=passes, tokens_per_pass=tokens)
+    typical = _typical_passes(cfg, cohort, data, is_packed=base.is_packed)
+    planned = setup.make_plan(cfg, device, placed=planned, **typical)
     job = Job(cfg, base, data, state, planned, identity, peak, report, starts, Journal(cfg))
     _begin(job)
     for text in (chosen, *unverified):
@@ -182,20 +182,25 @@ def _take_items(cfg: RunConfig, state: State, data: Mapping[str, TaskData]) -> l
     return items
 
 
-def _typical_passes(
-    cfg: RunConfig, cohort: Cohort, data: Mapping[str, TaskData], *, is_packed: bool
-) -> tuple[int, int]:
-    """Passes a step (median of the first steps) and tokens of the largest pass, padding included: for the plan."""
+def _typical_passes(cfg: RunConfig, cohort: Cohort, data: Mapping[str, TaskData], *, is_packed: bool) -> dict[str, int]:
+    """Passes and tokens of a step (medians of the first steps, of the rank that has most) and tokens of the largest
+    pass, padding included: for the plan."""
     trial = State(cohort, {}, {}, {name: AdapterProgress(Cursor(cfg.adapter_seed(name))) for name in cohort})
-    counts, tokens = [], 0
+    counts, in_step, largest = [], [], 0
     for _ in range(min(cfg.num_steps, 20)):
         items = _take_items(cfg, trial, data)
         ranks = plan_passes(
             items, world=comm.world_size(), microbatch_tokens=cfg.train.microbatch_tokens, is_packed=is_packed
         )
         counts.append(len(ranks[0]))
-        tokens = max(tokens, *(pass_tokens(rows, is_packed=is_packed) for passes in ranks for rows in passes))
-    return statistics.median_low(counts), tokens  # a step that was: 1.5 passes are none
+        tokens = [[pass_tokens(rows, is_packed=is_packed) for rows in passes] for passes in ranks]
+        in_step.append(max(map(sum, tokens)))
+        largest = max(largest, *(num for of_rank in tokens for num in of_rank))
+    return {  # of steps that were: 1.5 passes are none
+        "passes_per_step": statistics.median_low(counts),
+        "tokens_per_step": statistics.median_low(in_step),
+        "tokens_per_pass": largest,
+    }
 
 
 def _book(job: Job, result: StepResult) -> None:
