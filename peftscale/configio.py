@@ -25,7 +25,7 @@ from peftscale.complaints import Problems, close_to, shown
 from peftscale.config import RunConfig
 from peftscale.errors import ConfigError
 
-_DATA_FILES = (("task", "files", "train"), ("task", "files", "validation"), ("task", "files", "test"))
+_SPLITS = ("train", "validation", "test")
 _SHORT = {"length": "p", "seed": "s", "learning_rate": "lr", "weight_decay": "wd", "examples_per_step": "batch"}
 """What a key is called in the name of an adapter that a product made; other keys keep their own name."""
 _MAY_BE_MADE = (("base", "pack_dir"), ("cluster", "storage"))
@@ -98,7 +98,8 @@ def fingerprint(cfg: RunConfig) -> str:
     for adapter in data["adapters"].values():
         if adapter["init_adapter"]:
             adapter["init_adapter"] = "/".join(Path(adapter["init_adapter"]).parts[-2:])
-    for task in (data["task"], *(adapter["task"] for adapter in data["adapters"].values())):
+    of_adapters = [task for adapter in data["adapters"].values() for task in (adapter["task"], *adapter["more_tasks"])]
+    for task in (data["task"], *of_adapters):
         for split, file in ((task or {}).get("files") or {}).items():
             task["files"][split] = file and "/".join(Path(file).parts[-2:])
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -112,7 +113,7 @@ def schema() -> dict[str, Any]:
         if name != "AdapterTrainConfig" and not {"kind", "seed", "task", "train"} <= set(section["properties"]):
             continue
         for key, value in section["properties"].items():
-            if key in ("kind", "task", "train") or value.get("type") == "array":
+            if key in ("kind", "task", "train") or value.get("type") == "array":  # more_tasks and init_labels are lists
                 continue
             one = {word: value.pop(word) for word in list(value) if word not in ("description", "title", "default")}
             value["anyOf"] = [one, {"type": "array", "items": one, "minItems": 1, "uniqueItems": True}]
@@ -244,12 +245,13 @@ def _take_paths_from(folder: Path, raw: dict[str, Any], problems: Problems) -> N
     """Make the paths in `raw` absolute, in place, and look whether the files that are read are there."""
     typed_adapters = raw.get("adapters")
     names = list(typed_adapters) if isinstance(typed_adapters, dict) else []
-    data_files = [*_DATA_FILES, *(("adapters", name, *keys) for name in names for keys in _DATA_FILES)]
+    data_files = [(*keys, "files", split) for keys, _ in _typed_tasks(raw) for split in _SPLITS]
     starts = [("adapters", name, "init_adapter") for name in names]
     for keys in (*data_files, *starts, *_MAY_BE_MADE, ("base", "model")):
         holder: Any = raw
         for key in keys[:-1]:
-            holder = holder.get(key) if isinstance(holder, dict) else None
+            is_entry = isinstance(holder, list)
+            holder = holder[int(key)] if is_entry else holder.get(key) if isinstance(holder, dict) else None
         typed = holder.get(keys[-1]) if isinstance(holder, dict) else None
         must_be = "file" if keys in data_files else "directory" if keys not in _MAY_BE_MADE else None
         if isinstance(typed, list):  # a product: each of its adapters starts from another
@@ -273,18 +275,14 @@ def _absolute(folder: Path, typed: Any, keys: complaints.Keys, problems: Problem
 
 def _fill_tasks(raw: dict[str, Any], problems: Problems) -> None:
     """Complete the tasks that leave out what the catalogue has under their name, in place."""
-    adapters = raw.get("adapters")
-    of_adapters = adapters.items() if isinstance(adapters, dict) else ()
-    holders = [((), raw), *((("adapters", name), of_one) for name, of_one in of_adapters if isinstance(of_one, dict))]
-    for keys, holder in holders:
-        task = holder.get("task")
-        if not isinstance(task, dict) or catalogue.is_complete(task):
+    for keys, task in _typed_tasks(raw):
+        if catalogue.is_complete(task):
             continue
         filled = catalogue.filled(task)
         name = task.get("name")
         if filled is None and isinstance(name, str) and not {"input", "target"} & set(task):
             problems.add(
-                (*keys, "task", "name"),
+                (*keys, "name"),
                 f"the catalogue (`peftscale tasks`) has no {name!r}, and a task of your own gives input, target and "
                 f"metrics{close_to(name, catalogue.entries())}",
             )
@@ -292,7 +290,22 @@ def _fill_tasks(raw: dict[str, Any], problems: Problems) -> None:
             filled = {"input": "", "target": "", "metrics": ["exact_match"], **task}
             if not {"files", "hub"} & set(task):
                 filled["hub"] = {"path": name}
-        holder["task"] = task if filled is None else filled
+        task.update(filled or {})
+
+
+def _typed_tasks(raw: dict[str, Any]) -> list[tuple[complaints.Keys, dict[str, Any]]]:
+    """Each task that was typed as a mapping, with its keys: the run's, those of adapters, and what these add."""
+    found: list[tuple[complaints.Keys, Any]] = [(("task",), raw.get("task"))]
+    adapters = raw.get("adapters")
+    for name, adapter in adapters.items() if isinstance(adapters, dict) else ():
+        if isinstance(adapter, dict):
+            more = adapter.get("more_tasks")
+            found.append((("adapters", name, "task"), adapter.get("task")))
+            found += [
+                (("adapters", name, "more_tasks", str(number)), task)
+                for number, task in enumerate(more if isinstance(more, list) else ())
+            ]
+    return [(keys, task) for keys, task in found if isinstance(task, dict)]
 
 
 def _expand(raw: dict[str, Any], problems: Problems) -> None:

@@ -136,7 +136,7 @@ def with_task_of(cfg: RunConfig, directories: Sequence[Path]) -> RunConfig:
     Raises:
         ConfigError: they have different tasks.
     """
-    found = {path: _task_of(cfg, path) for path in directories}
+    found = {path: _tasks_of(cfg, path)[0] for path in directories}
     different = [path for path, task in found.items() if task != found[directories[0]]]
     if different:
         raise ConfigError(
@@ -146,10 +146,11 @@ def with_task_of(cfg: RunConfig, directories: Sequence[Path]) -> RunConfig:
     return cfg.model_copy(update={"task": found[directories[0]]})
 
 
-def _task_of(cfg: RunConfig, directory: Path) -> TaskConfig:
-    """The task of an adapter, where it is the run's own; else the run's."""
+def _tasks_of(cfg: RunConfig, directory: Path) -> tuple[TaskConfig, ...]:
+    """What an adapter was trained on, its own task first, where it is the run's own; else the run's task."""
     name = directory.parent.name
-    return cfg.adapter_task(name) if directory.parent.parent == cfg.adapters_dir and name in cfg.adapters else cfg.task
+    is_own = directory.parent.parent == cfg.adapters_dir and name in cfg.adapters
+    return cfg.adapter_tasks(name) if is_own else (cfg.task,)
 
 
 def tasks_for(cfg: RunConfig, directories: Sequence[Path], given: Sequence[str], *, option: str) -> list[TaskConfig]:
@@ -164,7 +165,8 @@ def tasks_for(cfg: RunConfig, directories: Sequence[Path], given: Sequence[str],
     Raises:
         ConfigError: a name that is none of these, or two tasks of one name.
     """
-    found = [_named_task(cfg, word, option) for word in given] or [_task_of(cfg, path) for path in directories]
+    found = [_named_task(cfg, word, option) for word in given]
+    found = found or [task for path in directories for task in _tasks_of(cfg, path)]
     different = [task for i, task in enumerate(found) if task not in found[:i]]
     names = [task.name for task in different]
     twice = [name for i, name in enumerate(names) if name in names[:i]]
@@ -176,7 +178,8 @@ def tasks_for(cfg: RunConfig, directories: Sequence[Path], given: Sequence[str],
 def _named_task(cfg: RunConfig, word: str, option: str) -> TaskConfig:
     if Path(word).suffix in (".yaml", ".yml", ".json"):
         return configio.load(word).task
-    of_run = {task.name: task for task in (cfg.task, *(cfg.adapter_task(name) for name in cfg.adapters))}
+    of_adapters = [task for name in cfg.adapters for task in cfg.adapter_tasks(name)]
+    of_run = {task.name: task for task in (cfg.task, *of_adapters)}
     if word in of_run:
         return of_run[word]
     entry = catalogue.entries().get(word)

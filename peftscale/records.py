@@ -64,6 +64,7 @@ class EvaluationRecord(Row):
     adapter: str
     split: str
     metrics: dict[str, float]
+    """Of an adapter of several tasks: `mean_of_tasks`, the mean of each one's first, then all as `task/metric`."""
     seconds: float
 
 
@@ -149,7 +150,8 @@ class AdapterSummary(Row):
     stopped: str | None
     """Why it left before its last step (early stop, or steps that were not finite); None where it took them all."""
     before: dict[str, float]
-    """Metrics on the test split (validation where there is none) before the first step."""
+    """Metrics on the test split (validation where there is none, or one of its tasks has none) before the first step.
+    Of several tasks as in an evaluation's record."""
     after: dict[str, float]
     """The same with the adapter that was kept as the best."""
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 
 Optimizer = Literal["adamw", "adafactor"]
 Schedule = Literal["constant", "linear", "cosine"]
+Loss = Literal["vocabulary", "labels"]
 
 
 class Frozen(BaseModel):
@@ -48,6 +49,9 @@ AnyOptimizerConfig = TypeVar("AnyOptimizerConfig", bound=OptimizerConfig)
 class TrainConfig(OptimizerConfig):
     """How the adapters are trained."""
 
+    loss: Loss = "vocabulary"
+    """Of a target token, its likelihood among the whole vocabulary; labels: of a label's word, among the words of all
+    labels of the task, which is what classification compares (Gao et al. 2021, section 3). One token each, then."""
     examples_per_step: PositiveInt
     """Over all ranks and micro-batches: the number of workers never changes it."""
     microbatch_tokens: PositiveInt
@@ -72,6 +76,7 @@ class AdapterTrainConfig(Frozen):
     What belongs to a pass or to the whole run (micro-batches, packing, checkpoints) has no key here.
     """
 
+    loss: Loss | None = None
     steps: PositiveInt | None = None
     """The adapter leaves the cohort when they are taken; the others go on."""
     examples_per_step: PositiveInt | None = None

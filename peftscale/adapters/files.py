@@ -73,6 +73,8 @@ class Description(Stored):
     base_revision: str | None
     base_digest: str | None
     task: TaskTemplate | None
+    """Its own; tasks that it was trained on beside it are `more_tasks`."""
+    more_tasks: tuple[TaskTemplate, ...]
     run: str | None
     step: int | None
     metrics: dict[str, float | None] | None
@@ -237,6 +239,7 @@ def describe(directory: Path) -> Description:
         base_revision=manifest.base.revision if manifest else None,
         base_digest=manifest.base.digest if manifest else None,
         task=manifest.task if manifest else None,
+        more_tasks=manifest.more_tasks if manifest else (),
         run=manifest.run if manifest else None,
         step=manifest.step if manifest else None,
         metrics=manifest.metrics if manifest else None,

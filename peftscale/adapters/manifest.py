@@ -28,6 +28,7 @@ from peftscale.errors import AdapterError
 
 MANIFEST_FILE = "peftscale.json"
 FORMAT_VERSION = 1
+_NOT_OF_THE_START = ("task", "more_tasks", "task_size_limit", "train")
 RECORDED_PACKAGES = ("torch", "transformers", "deepspeed", "bitsandbytes", "safetensors")
 
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
@@ -98,14 +99,14 @@ class StartCard(Stored):
     """Where an adapter started: enough to make its start again."""
 
     settings: dict[str, JsonValue]
-    """Its section of the run file without `task` and `train`, and its seed."""
+    """Its section of the run file without what it is trained on and how, and its seed."""
     norm: float
     """L2 norm of all its starting values: what is made again must have it."""
 
     @classmethod
     def of(cls, cfg: AdapterConfig, *, seed: int, values: Tensor) -> Self:
         """The start of an adapter of a run file; `values` are those that its first pass saw."""
-        settings = cfg.model_dump(mode="json", exclude={"task", "train"}) | {"seed": seed}
+        settings = cfg.model_dump(mode="json", exclude={*_NOT_OF_THE_START}) | {"seed": seed}
         return cls(settings=settings, norm=float(values.norm()))
 
 
@@ -114,6 +115,11 @@ class AdapterCard(Stored):
 
     base: BaseCard
     task: TaskTemplate | None = None
+    """Its own."""
+    more_tasks: tuple[TaskTemplate, ...] = ()
+    """That it was trained on beside its own."""
+    mixture: dict[str, PositiveInt] = {}
+    """Examples of each task in an epoch of them all, by name; empty where there was one task, or no epoch."""
     run: str | None
     """Name of the run; None where there was none, as in a script of the user's."""
     fingerprint: str | None
@@ -126,7 +132,13 @@ class AdapterCard(Stored):
     step: NonNegativeInt
     """Training steps taken."""
     metrics: dict[str, float | None] = {}
-    """Of the validation split at `step`. A value that is not finite is stored as null."""
+    """Of the validation split at `step`; of several tasks their mean and `task/metric`. A value that is not finite is
+    stored as null."""
+
+    @property
+    def task_names(self) -> str | None:
+        """For people: `sst2`, or `sst2 + emotion`; None where no task is known."""
+        return None if self.task is None else " + ".join(task.name for task in (self.task, *self.more_tasks))
 
 
 class PrefixDimensions(Stored):

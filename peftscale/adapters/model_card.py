@@ -29,7 +29,7 @@ def text(card: AdapterCard, adapter: Folded, *, num_file_bytes: int) -> str:
         "---",
         "",
         f"# {'Prefix' if is_prefix else 'Soft prompt'} of {adapter.length} tokens"
-        + (f" for {card.task.name}" if card.task else ""),
+        + (f" for {card.task_names}" if card.task else ""),
         "",
         *_what(adapter, is_encoder_decoder=card.base.is_encoder_decoder),
         "",
@@ -39,7 +39,7 @@ def text(card: AdapterCard, adapter: Folded, *, num_file_bytes: int) -> str:
         f"| base digest | `{card.base.digest}` |",
         *_origin_lines(card),
         f"| file | {num_file_bytes:,} bytes |",
-        *(_task_lines(card.task, is_encoder_decoder=card.base.is_encoder_decoder) if card.task else []),
+        *_task_lines(card),
         *_metric_lines(card.metrics),
         "",
         "## Use",
@@ -100,12 +100,21 @@ def _use(model: str, auto_class: str, adapter: Folded) -> list[str]:
     ]
 
 
-def _task_lines(task: TaskTemplate, *, is_encoder_decoder: bool) -> list[str]:
+def _task_lines(card: AdapterCard) -> list[str]:
+    if card.task is None:
+        return []
+    tasks = (card.task, *card.more_tasks)
+    lines = [] if len(tasks) == 1 else ["", "It was trained on several tasks at once."]
+    for task in tasks:
+        share = f" ({card.mixture[task.name]:,} examples an epoch)" if task.name in card.mixture else ""
+        title = "Task" if len(tasks) == 1 else f"Task {task.name}{share}"
+        lines += ["", f"## {title}", "", *_template_lines(task, is_encoder_decoder=card.base.is_encoder_decoder)]
+    return lines
+
+
+def _template_lines(task: TaskTemplate, *, is_encoder_decoder: bool) -> list[str]:
     words = [f"    {key} -> {word!r}" for key, word in (task.labels or {}).items()]
     return [
-        "",
-        "## Task",
-        "",
         "The base reads:",
         "",
         *_indented(task.input + ("" if is_encoder_decoder else task.cue)),

@@ -57,11 +57,10 @@ def rank(directory: Path, library: Path) -> dict[str, Any]:
         if other.manifest is None:
             notes.append(f"{path}: base not verified")
         one, another = (peft_format.flat(contents.adapter.values.detach()) for contents in (own, other))
-        task = other.manifest.task if other.manifest else None
         rows.append(
             {
                 "directory": str(path),
-                "task": task.name if task else None,
+                "task": other.manifest.task_names if other.manifest else None,
                 "length": other.adapter.length,
                 "mean_tokens": of_mean_tokens(one, another),
                 "token_pairs": of_token_pairs(one, another),

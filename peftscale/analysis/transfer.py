@@ -33,8 +33,10 @@ class Member:
     method: str
     """What it is called in the result; the same for all seeds."""
     task: TaskConfig
-    """That it is trained on."""
+    """That it is trained on, and that others are compared with."""
     seed: int
+    more_tasks: tuple[TaskConfig, ...] = ()
+    """That it is trained on too."""
 
 
 def members(runs: Sequence[RunConfig], seeds: Sequence[int]) -> list[Member]:
@@ -62,8 +64,10 @@ def members(runs: Sequence[RunConfig], seeds: Sequence[int]) -> list[Member]:
             continue
         cohort, methods = _cohort(run, seeds)
         found += [
-            Member(cohort, name, methods[name], cohort.adapter_task(name), cohort.adapter_seed(name))
-            for name in cohort.adapters
+            Member(
+                cohort, name, methods[name], cohort.adapter_task(name), cohort.adapter_seed(name), adapter.more_tasks
+            )
+            for name, adapter in cohort.adapters.items()
         ]
     return found
 
@@ -84,7 +88,17 @@ def study(
         {"split", "confidence", "methods": {name: {"task", "seeds", "tasks": {task: {"metric", "values", "mean",
         "deviation", "low", "high", "shift"}}}}, "notes"}; `shift` is the same band for the difference to the own task,
         seed by seed, where both have the same first metric. Bands of one seed have no deviation and no ends.
+
+    Raises:
+        ConfigError: something is trained on a target beside its own task.
     """
+    for member in found:
+        seen = [task.name for task in targets if task in member.more_tasks]
+        if seen:
+            raise ConfigError(
+                f"--to {seen[0]}: {member.name} of run {member.run.name} is trained on it too (more_tasks), and others "
+                f"are to be tasks that it never saw. Leave it out; `peftscale evaluate` scores what was trained on."
+            )
     runs = list({member.run.name: member.run for member in found}.values())
     scores: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     notes: list[str] = []

@@ -35,6 +35,8 @@ class Row:
     encoder-decoder."""
     decoder_prompt_QH: Tensor | None = None
     """Virtual tokens in front of the decoder's input of an encoder-decoder base, float32."""
+    among: Sequence[int] = ()
+    """The tokens that the first target is one of, where its likelihood is to be that among them."""
 
 
 def join(

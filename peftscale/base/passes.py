@@ -5,9 +5,10 @@ An encoder-decoder base has a pass of its own, `base.encoder_decoder`.
 Every rank makes the same number of passes, because gathering the base's weights takes all of them; a rank that has no
 rows left makes an empty pass. How rows are put together is `base.packed` and `base.padded`.
 
-Shapes:  M target tokens of all rows   V vocabulary
+Shapes:  M target tokens of all rows   V vocabulary   N of them that are one of C labels, R the rest
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -51,7 +52,25 @@ def target_losses(base: Base, rows: Sequence[Row]) -> Tensor:
     if not rows:
         return logits_MV.sum()[None] * 0
     targets = [token for row in rows for token in row.ids[len(row.ids) - row.num_targets :]]
-    return nn.functional.cross_entropy(logits_MV, torch.tensor(targets, device=base.device), reduction="none")
+    return losses(logits_MV, torch.tensor(targets, device=base.device), rows)
+
+
+def losses(logits_MV: Tensor, targets_M: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Negative log-likelihood of the targets, (M,) nats: in the vocabulary, or among those that a row gives."""
+    ends = itertools.accumulate(row.num_targets for row in rows)
+    limited = {end - row.num_targets: row.among for end, row in zip(ends, rows, strict=True) if row.among}
+    if not limited:
+        return nn.functional.cross_entropy(logits_MV, targets_M, reduction="none")
+    device, width = logits_MV.device, max(map(len, limited.values()))
+    at_N = torch.tensor(list(limited), device=device)
+    rest_R = torch.tensor([i for i in range(len(targets_M)) if i not in limited], dtype=torch.long, device=device)
+    among_NC = torch.tensor([[*ids, *[-1] * (width - len(ids))] for ids in limited.values()], device=device)
+    of_limited_NV = logits_MV[at_N]
+    chosen_NC = of_limited_NV.gather(1, among_NC.clamp(min=0)).masked_fill(among_NC < 0, float("-inf"))
+    own_N = of_limited_NV.gather(1, targets_M[at_N, None])[:, 0]
+    of_rest_R = nn.functional.cross_entropy(logits_MV[rest_R], targets_M[rest_R], reduction="none")
+    both = torch.cat([chosen_NC.logsumexp(1) - own_N, of_rest_R])
+    return both[torch.cat([at_N, rest_R]).argsort()]
 
 
 def generate(base: Base, rows: Sequence[Row], *, max_new_tokens: int, stop: Sequence[str] = ()) -> list[list[int]]:

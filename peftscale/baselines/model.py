@@ -23,6 +23,7 @@ from peftscale.base import host_memory
 from peftscale.base import load as base_load
 from peftscale.base.load import Base
 from peftscale.base.padded import Row, logits_at
+from peftscale.base.passes import losses
 from peftscale.base.skeleton import read_config
 from peftscale.config import BaseConfig
 from peftscale.errors import ModelError
@@ -148,4 +149,4 @@ def target_losses(base: Base, rows: Sequence[Row], *, through: nn.Module) -> Ten
         torch.tensor(at, device=base.device),
         **{name: tensor.to(base.device) for name, tensor in arguments.items()},
     )
-    return nn.functional.cross_entropy(logits_MV, torch.cat(targets).to(base.device), reduction="none")
+    return losses(logits_MV, torch.cat(targets).to(base.device), rows)

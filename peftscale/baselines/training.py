@@ -127,7 +127,7 @@ def _typical_passes(job: Job) -> int:
 def _take(job: Job, cursor: Cursor) -> tuple[list[Item], Cursor]:
     """The items of the next step."""
     at, cursor = cursor.take(job.train.examples_per_step, num_examples=len(job.task.train))
-    return training_items(job.cfg.method, 0, [job.task.train[i] for i in at]), cursor
+    return training_items(job.cfg.method, 0, [job.task.train[i] for i in at], loss=job.train.loss), cursor
 
 
 def _train(job: Job, planned: Plan, peak: memory.PeakMemory) -> RunSummary:

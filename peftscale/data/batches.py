@@ -7,7 +7,8 @@ of all ranks for itself, and no rank talks. Joining items to tensors is `train.s
 Order: in epoch e of seed s over N examples, example i has the key w_i, where w_0 .. w_(N-1) are the first N
 raw 64-bit words of numpy.random.Philox with the key (s mod 2^64, e). The epoch goes through the examples by
 increasing w, equal ones by index. numpy keeps raw words the same for ever (NEP 19), which it does not promise
-for `permutation`, nor torch for `randperm`.
+for `permutation`, nor torch for `randperm`. Other streams of a seed begin elsewhere in Philox's counter. Which examples
+an adapter of several tasks meets is `mixtures`.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox).
 """
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from peftscale.config import Loss
 from peftscale.data.tasks import Example
 from peftscale.data.tokens import Ids
 
@@ -59,6 +61,8 @@ class Item:
     """Room for what is generated behind the input."""
     cell: int = 0
     """Which of the (adapter, task) pairs of an evaluation it belongs to."""
+    among: Ids = ()
+    """The tokens of all labels, where the loss is that of one among them."""
 
     @property
     def num_tokens(self) -> int:
@@ -66,21 +70,32 @@ class Item:
         return self.prompt_length + len(self.example.input_ids) + len(self.target_ids) + self.num_new_tokens
 
 
-def indices(seed: int, start: int, stop: int, *, num_examples: int) -> tuple[int, ...]:
-    """The examples at the positions start .. stop-1 of the endless order of `seed`."""
+def indices(seed: int, start: int, stop: int, *, num_examples: int, stream: int = 0) -> tuple[int, ...]:
+    """The examples at the positions start .. stop-1 of an endless order of `seed`; each stream is another order."""
     assert num_examples > 0
     taken: list[int] = []
     while start < stop:
         epoch, first = divmod(start, num_examples)
         last = min(num_examples, first + stop - start)
-        taken.extend(_permutation(seed, epoch, num_examples)[first:last].tolist())
+        taken.extend(_permutation(seed, epoch, num_examples, stream)[first:last].tolist())
         start += last - first
     return tuple(taken)
 
 
-def training_items(adapter: str, prompt_length: int, examples: Iterable[Example]) -> list[Item]:
+def training_items(
+    adapter: str, prompt_length: int, examples: Iterable[Example], *, loss: Loss = "vocabulary"
+) -> list[Item]:
     """Each example with its own target: for a step, or for the loss over a split."""
-    return [Item(adapter, prompt_length, example, example.target_ids) for example in examples]
+    return [
+        Item(
+            adapter,
+            prompt_length,
+            example,
+            example.target_ids,
+            among=tuple(ids[0] for ids in example.choices_ids) if loss == "labels" else (),
+        )
+        for example in examples
+    ]
 
 
 def choice_items(adapter: str, prompt_length: int, examples: Iterable[Example], *, cell: int = 0) -> list[Item]:
@@ -189,9 +204,10 @@ def _filled(rows: Sequence[Item], most: int) -> list[list[Item]]:
 
 
 @functools.lru_cache(maxsize=64)  # every step of an epoch asks for the same one; a cohort for one per seed
-def _permutation(seed: int, epoch: int, num_examples: int) -> npt.NDArray[np.int64]:
+def _permutation(seed: int, epoch: int, num_examples: int, stream: int) -> npt.NDArray[np.int64]:
     """The order of one epoch, (num_examples,). Shared by its callers: read only."""
     key = np.array([seed % 2**64, epoch], dtype=np.uint64)
-    order = np.argsort(np.random.Philox(key=key).random_raw(num_examples), kind="stable")
+    counter = np.array([0, 0, 0, stream], dtype=np.uint64)  # the highest word: no stream runs into another
+    order = np.argsort(np.random.Philox(key=key, counter=counter).random_raw(num_examples), kind="stable")
     order.setflags(write=False)
     return order

@@ -252,6 +252,23 @@ def _refuse_empty(texts: Sequence[Text], inputs: Sequence[Ids], targets: Sequenc
             )
 
 
+def refuse_long_labels(task: TaskData) -> None:
+    """A loss among labels is that of one token.
+
+    Raises:
+        DataError: the words of a label are several tokens, or have other ids behind other inputs.
+    """
+    examples = (*task.train, *task.validation, *task.test)
+    lengths = {word: len(ids) for word, ids in zip(task.words, examples[0].choices_ids, strict=True)}
+    if task.has_shared_choices and set(lengths.values()) == {1}:
+        return
+    found = ", ".join(f"{word!r} {num}" for word, num in lengths.items())
+    raise DataError(
+        f"task {task.name}: train.loss='labels' needs labels whose words are one token each, the same behind every "
+        f"input; got tokens: {found}. Choose other words in task.labels, or loss 'vocabulary'."
+    )
+
+
 def _refuse_alike(task: TaskConfig, texts: Sequence[Text], choices: Sequence[tuple[Ids, ...]]) -> None:
     for text, choices_ids in zip(texts, choices, strict=True):
         if len(set(choices_ids)) < len(choices_ids):

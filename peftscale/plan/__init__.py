@@ -20,11 +20,11 @@ from peftscale.plan.memory import (
     decoder_tokens,
     file_rows,
     gathered_bytes,
+    most_target_tokens,
     positions,
     rank_parts,
     step_rows,
     step_tokens,
-    target_tokens,
     token_width,
     trained_numbers,
     weight_parts,
@@ -144,7 +144,7 @@ def make(
     load = pace.Load(
         tokens=in_step,
         decoder_part=decoder_tokens(cfg, setting) / tokens if facts.is_encoder_decoder else 0.0,
-        target_tokens=step_rows(cfg, world) * _target(cfg),
+        target_tokens=step_rows(cfg, world) * most_target_tokens(cfg),
         checkpoints=setting.checkpoints,
         passes=passes,
         within_bytes=sent["gathered_within_node_bytes_per_step"],
@@ -266,18 +266,14 @@ def _kept(cfg: RunConfig, facts: BaseFacts, parts: dict[str, int]) -> dict[str, 
 
 def _max_text_tokens(cfg: RunConfig) -> int | None:
     """Of all tasks; None where one has no limit."""
-    limits = [cfg.adapter_task(name).max_text_tokens for name in cfg.adapters]
+    limits = [task.max_text_tokens for name in cfg.adapters for task in cfg.adapter_tasks(name)]
     return None if None in limits else max(limit for limit in limits if limit is not None)
-
-
-def _target(cfg: RunConfig) -> int:
-    """Most target tokens of one example."""
-    return max(target_tokens(cfg.adapter_task(name)) for name in cfg.adapters)
 
 
 def _longest_row(cfg: RunConfig, facts: BaseFacts) -> int:
     """Tokens; with texts of one token where they have no limit."""
-    return max(positions(a, facts) for a in cfg.adapters.values()) + (_max_text_tokens(cfg) or 1) + _target(cfg)
+    virtual = max(positions(a, facts) for a in cfg.adapters.values())
+    return virtual + (_max_text_tokens(cfg) or 1) + most_target_tokens(cfg)
 
 
 def _pass_tokens(cfg: RunConfig, facts: BaseFacts, world: int) -> int:

@@ -186,6 +186,11 @@ def target_tokens(task: TaskConfig) -> int:
     return max(len(word.encode()) for word in task.labels.values()) + 1
 
 
+def most_target_tokens(cfg: RunConfig) -> int:
+    """Of one example of any task that an adapter is trained on."""
+    return max(target_tokens(task) for name in cfg.adapters for task in cfg.adapter_tasks(name))
+
+
 def step_rows(cfg: RunConfig, world: int) -> int:
     """Examples of one step of all adapters, on the rank that has most."""
     return math.ceil(sum(cfg.adapter_train(name).examples_per_step for name in cfg.adapters) / world)
@@ -194,12 +199,12 @@ def step_rows(cfg: RunConfig, world: int) -> int:
 def step_tokens(cfg: RunConfig, facts: BaseFacts, *, world: int, passes: int, tokens_per_pass: int) -> int:
     """Tokens that a rank computes in a step, every text as long as task.max_text_tokens: full passes where that is not
     given. Packed passes, where they are not off, compute a prompt once each."""
-    limits = [cfg.adapter_task(name).max_text_tokens for name in cfg.adapters]
+    limits = [task.max_text_tokens for name in cfg.adapters for task in cfg.adapter_tasks(name)]
     if None in limits:
         return passes * tokens_per_pass
     rows = step_rows(cfg, world)
     text = max(limit for limit in limits if limit is not None)
-    target = max(target_tokens(cfg.adapter_task(name)) for name in cfg.adapters)
+    target = most_target_tokens(cfg)
     virtual = [positions(adapter, facts) for adapter in cfg.adapters.values()]
     is_packed = cfg.train.packing == "auto" and not facts.is_encoder_decoder
     prompts = max(passes * max(virtual), math.ceil(sum(virtual) / world)) if is_packed else rows * max(virtual)
@@ -208,12 +213,12 @@ def step_tokens(cfg: RunConfig, facts: BaseFacts, *, world: int, passes: int, to
 
 def _targets(cfg: RunConfig, setting: Setting) -> int:
     """Most target positions of one pass."""
-    return _rows(cfg, setting) * max(target_tokens(cfg.adapter_task(name)) for name in cfg.adapters)
+    return _rows(cfg, setting) * most_target_tokens(cfg)
 
 
 def _rows(cfg: RunConfig, setting: Setting) -> int:
     """Most rows of one pass: as short as they can be, as many as there are."""
-    target = max(target_tokens(cfg.adapter_task(name)) for name in cfg.adapters)
+    target = most_target_tokens(cfg)
     row = min(a.length for a in cfg.adapters.values()) + 1 + target
     return max(1, min(step_rows(cfg, setting.world), setting.tokens // row))
 
@@ -227,6 +232,6 @@ def decoder_tokens(cfg: RunConfig, setting: Setting) -> int:
 def _row_tokens(cfg: RunConfig, setting: Setting) -> int:
     """Virtual and text tokens of the longest row. Where task.max_text_tokens is not given, a step is taken for one pass
     of rows of one length."""
-    rows = [(a.length, cfg.adapter_task(name).max_text_tokens) for name, a in cfg.adapters.items()]
+    rows = [(a.length, task.max_text_tokens) for name, a in cfg.adapters.items() for task in cfg.adapter_tasks(name)]
     alike = max(1, setting.tokens // step_rows(cfg, setting.world))
     return min(setting.tokens, max(alike if text is None else virtual + text for virtual, text in rows))

@@ -30,8 +30,10 @@ def shape_problems(cfg: RunConfig, facts: BaseFacts, hardware: Hardware, *, worl
             f"{hardware.ranks_per_node(world)} evenly; take another number of ranks, or base.sharding=world."
         )
     for name, adapter in cfg.adapters.items():
-        task = cfg.adapter_task(name)
-        text, target = task.max_text_tokens or 1, target_tokens(task) if task.labels is None else 1
+        tasks = cfg.adapter_tasks(name)
+        text, target = max(
+            ((task.max_text_tokens or 1, target_tokens(task) if task.labels is None else 1) for task in tasks), key=sum
+        )
         virtual = positions(adapter, facts)
         row = virtual + text + target
         if facts.max_positions is not None and row > facts.max_positions:

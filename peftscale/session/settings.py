@@ -39,6 +39,12 @@ class Settings(OptimizerConfig):
             for key in foreign
             if adapter.train is not None and getattr(adapter.train, key) is not None
         ]
+        wrong += [
+            f"adapters.{name}.more_tasks: has no effect in a session, which trains on the texts that it is given; "
+            f"leave it out"
+            for name, adapter in self.adapters.items()
+            if adapter.more_tasks
+        ]
         if wrong:
             raise ValueError("\n".join(wrong))
         return self

@@ -249,6 +249,8 @@ def _refuse_other_run(path: Path, content: dict[str, Any], identity: Identity) -
 
 
 def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    if old and new and all(isinstance(of, list) and isinstance(of[0], dict) for of in (old, new)):  # tasks of a mixture
+        old, new = dict(enumerate(old)), dict(enumerate(new))
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             line

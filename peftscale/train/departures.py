@@ -48,7 +48,7 @@ def mark_stale_(cfg: RunConfig, state: State, training: Sequence[str]) -> None:
         progress, patience = state.progress[name], cfg.adapter_train(name).early_stop
         if progress.outcome is None and patience is not None and progress.stale_evaluations >= patience:
             progress.outcome = "stopped early"
-            metric = cfg.adapter_task(name).metrics[0]
+            metric = cfg.deciding_metric(name)
             progress.reason = f"early stop: {patience} evaluation(s) in a row without a better {metric}"
 
 

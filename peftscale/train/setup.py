@@ -17,6 +17,7 @@ from peftscale.base import load as base_load
 from peftscale.base.load import Base
 from peftscale.config import BaseConfig, RunConfig
 from peftscale.data import tasks
+from peftscale.data.mixtures import Mixture
 from peftscale.data.tasks import TaskData
 from peftscale.errors import AdapterError, ClusterError, ConfigError, DataError, ModelError
 from peftscale.facts import BaseFacts
@@ -180,29 +181,39 @@ def verify_starts(cfg: RunConfig) -> list[str]:
     return notes
 
 
-def load_tasks(cfg: RunConfig) -> dict[str, TaskData]:
-    """The data of each adapter, each task read once."""
+def load_tasks(cfg: RunConfig) -> dict[str, Mixture]:
+    """The data of each adapter, each task read once; adapters with the same task share its data."""
     model_dir = base_load.resolve(cfg.base.model, cfg.base.revision, with_weights=False)
     base_load.make_skeleton(cfg.base, model_dir)  # a base that cannot be trained is said first
     base_facts = facts.load(model_dir)
     positions = base_facts.max_positions
     tokenizer = base_load.load_tokenizer(model_dir)
-    alike: dict[str, list[str]] = {}
+    alike: dict[str, list[tuple[str, int]]] = {}
     for name in cfg.adapters:
-        alike.setdefault(cfg.adapter_task(name).model_dump_json(), []).append(name)
-    found: dict[str, TaskData] = {}
-    for names in alike.values():
-        room = None if positions is None else positions - max(cfg.adapters[name].length for name in names)
+        for number, task in enumerate(cfg.adapter_tasks(name)):
+            alike.setdefault(task.model_dump_json(), []).append((name, number))
+    found: dict[tuple[str, int], TaskData] = {}
+    for places in alike.values():
+        room = None if positions is None else positions - max(cfg.adapters[name].length for name, _ in places)
+        first, number = places[0]
         try:
             data = tasks.load(
-                cfg.adapter_task(names[0]),
+                cfg.adapter_tasks(first)[number],
                 tokenizer,
                 max_tokens=room,
                 is_encoder_decoder=base_facts.is_encoder_decoder,
             )
+            if any(cfg.trained_by(name).loss == "labels" for name, _ in places):
+                tasks.refuse_long_labels(data)
         except (ConfigError, DataError) as error:
-            if cfg.adapters[names[0]].task is None:
+            if number == 0 and cfg.adapters[first].task is None:
                 raise
-            raise type(error)(f"adapters.{names[0]}: {error}") from error
-        found |= dict.fromkeys(names, data)
-    return found
+            of_more = f".more_tasks.{number - 1}" if number else ""
+            raise type(error)(f"adapters.{first}{of_more}: {error}") from error
+        found |= dict.fromkeys(places, data)
+    return {
+        name: Mixture(
+            tuple(found[name, number] for number, _ in enumerate(cfg.adapter_tasks(name))), adapter.task_size_limit
+        )
+        for name, adapter in cfg.adapters.items()
+    }

@@ -50,7 +50,7 @@ def rows_of(items: Sequence[Item], adapters: Mapping[str, Folded]) -> list[Row]:
     for item in items:
         prompt_PH, prefix_L2PKD, decoder_prompt_QH = in_front.get(item.adapter, nothing)
         ids = (*item.example.input_ids, *item.target_ids)
-        rows.append(Row(prompt_PH, ids, len(item.target_ids), prefix_L2PKD, decoder_prompt_QH))
+        rows.append(Row(prompt_PH, ids, len(item.target_ids), prefix_L2PKD, decoder_prompt_QH, item.among))
     return rows
 
 

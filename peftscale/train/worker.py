@@ -6,7 +6,7 @@ Runs alike in this process, under torchrun, and in a Ray worker. What it learns 
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from peftscale.base import load as base_load
 from peftscale.base.load import Base
 from peftscale.config import RunConfig
 from peftscale.data.batches import Cursor, Item, pass_tokens, plan_passes, training_items
+from peftscale.data.mixtures import Mixture
 from peftscale.data.rows import Split
 from peftscale.data.tasks import TaskData
 from peftscale.plan import Plan
@@ -37,8 +38,8 @@ class Job:
 
     cfg: RunConfig
     base: Base
-    tasks: dict[str, TaskData]
-    """Of each adapter; adapters with the same task share it."""
+    tasks: dict[str, Mixture]
+    """Of each adapter; adapters with the same task share its data."""
     state: State
     plan: Plan
     identity: Identity
@@ -47,12 +48,15 @@ class Job:
     starts: dict[str, StartCard]
     journal: Journal
 
-    def by_task(self, names: Iterable[str]) -> list[tuple[list[str], TaskData]]:
-        """Adapters that are evaluated in the same passes, in the order of the run file."""
-        groups: dict[int, list[str]] = {}
-        for name in names:
-            groups.setdefault(id(self.tasks[name]), []).append(name)
-        return [(group, self.tasks[group[0]]) for group in groups.values()]
+
+@dataclass(frozen=True)
+class Scores:
+    """One adapter on one split of all its tasks."""
+
+    metrics: dict[str, float]
+    """As `Mixture.scores` names them."""
+    seconds: float
+    """Of all that was evaluated together."""
 
 
 def main(cfg: RunConfig, report: Report = lambda step: None) -> records.RunSummary:
@@ -114,8 +118,12 @@ def _begin(job: Job) -> None:
         comm.together(lambda: checkpoint.take_over_(job.state, found, job.identity))
         _note(job, f"goes on from {found.name}")
         return
-    for _, task in job.by_task(job.tasks):
-        of_task = f" (task {task.name})" if len(job.by_task(job.tasks)) > 1 else ""
+    for name, mixture in job.tasks.items():
+        if len(mixture.tasks) > 1:
+            _note(job, f"{name} is trained on several tasks; an epoch has {mixture.described()}")
+    different = {id(task): task for mixture in job.tasks.values() for task in mixture.tasks}
+    for task in different.values():
+        of_task = f" (task {task.name})" if len(different) > 1 else ""
         if task.num_cut:
             _note(job, f"{task.num_cut} inputs were cut to task.max_text_tokens{of_task}")
         if task.num_seams:
@@ -171,18 +179,17 @@ def save(job: Job) -> None:
     job.report(job.state.step)
 
 
-def _take_items(cfg: RunConfig, state: State, data: Mapping[str, TaskData]) -> list[Item]:
+def _take_items(cfg: RunConfig, state: State, data: Mapping[str, Mixture]) -> list[Item]:
     """The items of the next step, of all adapters that train; moves their cursors."""
     items: list[Item] = []
     for name in state.training:
-        progress, train_split = state.progress[name], data[name].train
-        num = cfg.adapter_train(name).examples_per_step
-        at, progress.cursor = progress.cursor.take(num, num_examples=len(train_split))
-        items += training_items(name, state.cohort[name].num_positions, [train_split[i] for i in at])
+        progress, train = state.progress[name], cfg.adapter_train(name)
+        examples, progress.cursor = data[name].take(progress.cursor, train.examples_per_step)
+        items += training_items(name, state.cohort[name].num_positions, examples, loss=train.loss)
     return items
 
 
-def _typical_passes(cfg: RunConfig, cohort: Cohort, data: Mapping[str, TaskData], *, is_packed: bool) -> dict[str, int]:
+def _typical_passes(cfg: RunConfig, cohort: Cohort, data: Mapping[str, Mixture], *, is_packed: bool) -> dict[str, int]:
     """Passes and tokens of a step (medians of the first steps, of the rank that has most) and tokens of the largest
     pass, padding included: for the plan."""
     trial = State(cohort, {}, {}, {name: AdapterProgress(Cursor(cfg.adapter_seed(name))) for name in cohort})
@@ -243,28 +250,37 @@ def _let_go(job: Job, training: Sequence[str]) -> bool:
 
 def _evaluate_before(job: Job) -> None:
     """The base without any prompt, on the split that the summary reports."""
-    groups = job.by_task(job.state.cohort)
-    results = _evaluated(job, {}, [(evaluate.BASE_ALONE, names[0], reported_split(task)) for names, task in groups])
-    for (names, task), result in zip(groups, results, strict=True):
-        for name in names:
-            job.state.progress[name].before = result.metrics
-            _record_evaluation(job, name, f"{reported_split(task)} without prompt", result)
+    splits = {name: reported_split(*job.tasks[name].tasks) for name in job.state.cohort}
+    results = _evaluated(job, {}, [(evaluate.BASE_ALONE, name, split) for name, split in splits.items()])
+    for (name, split), result in zip(splits.items(), results, strict=True):
+        job.state.progress[name].before = result.metrics
+        _record_evaluation(job, name, f"{split} without prompt", result)
 
 
 def _evaluated(
-    job: Job, by_name: Mapping[str, adapters.Adapter], wanted: Iterable[tuple[str, str, Split]]
-) -> list[evaluate.Evaluation]:
-    """Evaluate (adapter, whose task, split) in the same passes, whatever the tasks are."""
-    cells = [
-        evaluate.Cell(name, job.tasks[of], job.tasks[of].split(split), job.cfg.adapter_task(of).metrics)
+    job: Job, by_name: Mapping[str, adapters.Adapter], wanted: Sequence[tuple[str, str, Split]]
+) -> list[Scores]:
+    """Evaluate (adapter, whose tasks, split) in the same passes, whatever the tasks are; what is wanted twice, once."""
+    cells = {
+        (name, id(task), split): evaluate.Cell(name, task, task.split(split), of_task.metrics)
         for name, of, split in wanted
-    ]
-    return evaluate.run_cells(job.base, by_name, cells, microbatch_tokens=job.cfg.train.microbatch_tokens)
+        for task, of_task in zip(job.tasks[of].tasks, job.cfg.adapter_tasks(of), strict=True)
+    }
+    results = evaluate.run_cells(
+        job.base, by_name, list(cells.values()), microbatch_tokens=job.cfg.train.microbatch_tokens
+    )
+    found = dict(zip(cells, results, strict=True))
+    scored = []
+    for name, of, split in wanted:
+        of_tasks = [found[name, id(task), split] for task in job.tasks[of].tasks]
+        metrics = job.tasks[of].scores([result.metrics for result in of_tasks])
+        scored.append(Scores(metrics, of_tasks[0].seconds))
+    return scored
 
 
-def reported_split(task: TaskData) -> Split:
-    """What the summary's before and after are measured on."""
-    return "test" if task.test else "validation"
+def reported_split(*tasks: TaskData) -> Split:
+    """What the summary's before and after are measured on: the test split, where every task has one."""
+    return "test" if all(task.test for task in tasks) else "validation"
 
 
 def _evaluate(job: Job, due: Sequence[str]) -> None:
@@ -272,7 +288,7 @@ def _evaluate(job: Job, due: Sequence[str]) -> None:
     by_name = {name: job.state.cohort[name] for name in due}
     results = _evaluated(job, by_name, [(name, name, "validation") for name in due])
     for name, result in zip(due, results, strict=True):
-        metric = job.cfg.adapter_task(name).metrics[0]
+        metric = job.cfg.deciding_metric(name)
         progress = job.state.progress[name]
         values = _values(job.state.cohort[name])
         is_better = not progress.best or result.metrics[metric] > progress.best[metric]
@@ -284,7 +300,7 @@ def _evaluate(job: Job, due: Sequence[str]) -> None:
         _record_evaluation(job, name, "validation", result)
 
 
-def _record_evaluation(job: Job, name: str, split: str, result: evaluate.Evaluation) -> None:
+def _record_evaluation(job: Job, name: str, split: str, result: Scores) -> None:
     row = records.EvaluationRecord(
         step=job.state.step, adapter=name, split=split, metrics=result.metrics, seconds=result.seconds
     )
@@ -302,6 +318,8 @@ def _save_adapter(job: Job, name: str, which: str, values: torch.Tensor, at_step
     card = AdapterCard(
         base=BaseCard.of(cfg.base, base.digest, base.model.config),
         task=TaskTemplate.of(cfg.adapter_task(name)),
+        more_tasks=tuple(TaskTemplate.of(task) for task in cfg.adapters[name].more_tasks),
+        mixture=job.tasks[name].shares if cfg.adapters[name].more_tasks else {},
         run=cfg.name,
         fingerprint=job.identity.fingerprint,
         init=cfg.adapters[name].init,
@@ -316,7 +334,7 @@ def _finish(job: Job, seconds: float) -> records.RunSummary:
     """Score the best adapters on the reported split and sum the run up."""
     state = job.state
     best = {name: state.cohort[name].with_values(values) for name, values in state.best_rows.items()}
-    splits = {name: reported_split(job.tasks[name]) for name in state.cohort}
+    splits = {name: reported_split(*job.tasks[name].tasks) for name in state.cohort}
     after: dict[str, dict[str, float]] = {}
     results = _evaluated(job, best, [(name, name, split) for name, split in splits.items()])
     for (name, split), result in zip(splits.items(), results, strict=True):

@@ -1,0 +1,277 @@
+"""Quality on real tasks: prompts beside the untuned base, few-shot, prefix, LoRA and full fine-tuning, with seeds.
+
+    python tests/bench/bench_quality.py STUDY --data DIR --bases DIR --out DIR --base 5m --task sst2 [key=value ...]
+
+Studies: `methods` (all of them), `spread` (20 seeds with and without each means against instability), `starts` (lengths
+and initialisations), `transfer` (train on one task, score on others), `ensemble` (five seeds together). --base and
+--task may be repeated.
+
+A run is configs/recipes/default.yaml with another base and task, and what the study varies; what baselines do otherwise
+is said below. Runs are kept in --out and not repeated; one that was cut short is gone on with. key=value changes all of
+them. Data and bases are not part of the project: `real_tasks` says which files it reads. Prints Markdown rows: mean and
+standard deviation over seeds on the test split, and the 95% interval of the mean; appends a BenchRecord a row to
+OUT/bench.jsonl.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import real_tasks
+import typer
+import yaml
+from scipy import stats
+
+from peftscale import configio, driver, records
+from peftscale.analysis import transfer as transfer_study
+from peftscale.config import RunConfig
+from peftscale.data.metrics import share_interval
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "configs" / "recipes" / "default.yaml"
+SEEDS = [0, 1, 2]
+LENGTHS = [1, 5, 20, 100, 150]
+
+Section = dict[str, Any]
+
+
+class Study:
+    """Where data, bases and runs are, and how a run file of a study is made."""
+
+    def __init__(self, data: Path, bases: Path, out: Path, changes: list[str]) -> None:
+        self.data, self.bases, self.out, self.changes = data.resolve(), bases.resolve(), out.resolve(), changes
+        self.recipe: Section = yaml.safe_load(RECIPE.read_text())
+        (self._prompt,) = self.recipe["adapters"].values()
+
+    def config(self, name: str, base: str, task: str, /, **sections: Any) -> RunConfig:
+        """The recipe's run file with these sections in place of its own."""
+        content = self.recipe | {
+            "name": f"{name}.{base}.{task}",
+            "base": self.base(base, "bfloat16"),
+            "task": real_tasks.task(self.data, task, self.out / "data"),
+            "cluster": {"workers": 0, "storage": str(self.out / "runs")},
+        }
+        path = self.out / "run-files" / f"{content['name']}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content | sections))  # JSON is YAML
+        return configio.load(path, self.changes)
+
+    def prompt(self, task: str, **changes: Any) -> Section:
+        """The recipe's prompt with the label words of a task."""
+        return self._prompt | {"init_labels": list(real_tasks.SETTINGS[task]["labels"].values())} | changes
+
+    def base(self, name: str, compute_dtype: str) -> Section:
+        """The `base` section."""
+        known = {"quantization": "none", "sharding": "replicated", "checkpoint_activations": False}
+        return {"model": str(self.bases / name), "compute_dtype": compute_dtype} | known
+
+    def baseline(self, method: str, base: str, task: str, *, seed: int | None = None) -> RunConfig:
+        """A baseline's run. In float32: padded attention in bfloat16 takes several times as long on a CPU."""
+        section, train = BASELINES[method]
+        sections = {
+            "seed": seed or 0,
+            "base": self.base(base, "float32"),
+            "method": method,
+            method: section,
+            "adapters": {"unused": {"kind": "prompt", "length": 1, "init": "random"}},
+            "train": self.recipe["train"] | train,
+        }
+        # With a seed, the name that `transfer` gives it: methods and transfer share their runs.
+        cfg = self.config(method, base, task, **sections)
+        return cfg if seed is None else cfg.model_copy(update={"name": f"{cfg.name}-s{seed}"})
+
+    def row(self, name: str, what: str, values: list[float], *, seconds: float) -> None:
+        """Print and record the figures of one setting."""
+        band = transfer_study.band(values)
+        interval = "" if band["low"] is None else f"{band['low']:.3f}..{band['high']:.3f}"
+        spread = "" if band["deviation"] is None else f" +- {band['deviation']:.3f}"
+        line(name, what, f"{band['mean']:.3f}{spread}", interval, len(values), f"{seconds:.0f}")
+        measured = {key: value for key, value in band.items() if value is not None}
+        record = records.BenchRecord(
+            name=f"quality {name} {what}",
+            config_fingerprint=None,
+            measured=measured | {"num_seeds": len(values), "seconds": seconds},
+            environment=records.environment(),
+        )
+        records.append(self.out / "bench.jsonl", record)
+
+
+def line(*cells: object) -> None:
+    """Print a row of the table."""
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def after(cfg: RunConfig) -> tuple[dict[str, float], float]:
+    """First metric on the test split of every adapter, or of the one baseline, and the seconds of the whole run."""
+    summary = driver.finished(cfg)
+    metric = cfg.task.metrics[0]
+    return {name: adapter.after[metric] for name, adapter in summary.adapters.items()}, summary.seconds
+
+
+def untuned(cfg: RunConfig) -> float:
+    """First metric of the base alone."""
+    return next(iter(driver.finished(cfg).adapters.values())).before[cfg.task.metrics[0]]
+
+
+def by_setting(found: dict[str, float]) -> Iterator[tuple[str, list[float]]]:
+    """Values of a cohort whose names end in a seed, as `p20-s0`, by what is in front of it."""
+    for setting in dict.fromkeys(name.rsplit("-s", 1)[0] for name in found):
+        yield setting, [value for name, value in found.items() if name.rsplit("-s", 1)[0] == setting]
+
+
+def cohort(num_seeds: int = len(SEEDS), /, **settings: Section) -> dict[str, Section]:
+    """Adapters of all settings and seeds."""
+    return {
+        f"{name}-s{seed}": setting | {"seed": seed} for name, setting in settings.items() for seed in range(num_seeds)
+    }
+
+
+def methods(study: Study, base: str, task: str) -> None:
+    """Everything on one base and task, and which part of full fine-tuning's gain each prompt has."""
+    prefix = {"kind": "prefix", "length": 20, "init": "text", "init_text": TEXT, "train": {"learning_rate": 0.1}}
+    adapters = cohort(prompt20=study.prompt(task, length=20), prompt100=study.prompt(task, length=100), prefix20=prefix)
+    cfg = study.config("methods", base, task, adapters=adapters)
+    found, seconds = after(cfg)
+    where = f"{base} {task}"
+    zero = untuned(cfg)
+    low, high = share_interval(zero, _num_test(cfg))
+    line(where, "untuned", f"{zero:.3f}", f"{low:.3f}..{high:.3f} (of the texts)", "", "")
+    scores = dict(by_setting(found))
+    for setting, values in scores.items():
+        study.row(where, setting, values, seconds=seconds / len(scores))
+    for method in BASELINES:
+        values, total = [], 0.0
+        for seed in SEEDS:
+            of_seed, took = after(study.baseline(method, base, task, seed=seed))
+            values += of_seed.values()
+            total += took
+        scores[method] = values
+        study.row(where, method, values, seconds=total)
+    for setting in ("prompt20", "prompt100", "prefix20", "lora"):
+        study.row(where, f"{setting}: gap closed", gap(zero, scores[setting], scores["full_finetuning"]), seconds=0)
+
+
+def gap(zero: float, tuned: list[float], full: list[float]) -> list[float]:
+    """What each seed gains over the untuned base, in units of full fine-tuning's mean gain."""
+    return [(value - zero) / (statistics.fmean(full) - zero) for value in tuned]
+
+
+def _num_test(cfg: RunConfig) -> int:
+    assert cfg.task.files is not None and cfg.task.files.test is not None
+    return len(cfg.task.files.test.read_text().splitlines())
+
+
+def spread(study: Study, base: str, task: str) -> None:
+    """20 seeds of the recipe, of plain prompt tuning, and of plain with one means against instability each."""
+    adapters = cohort(20, **spread_settings(study.prompt(task, length=20)))
+    found, seconds = after(study.config("spread", base, task, adapters=adapters))
+    scores = dict(by_setting(found))
+    for setting, values in scores.items():
+        study.row(f"{base} {task}", setting, values, seconds=seconds / len(scores))
+        if setting != "plain":
+            ratio = statistics.stdev(values) / statistics.stdev(scores["plain"])
+            low, high = ratio_interval(values, scores["plain"])
+            interval = f"{low:.2f}..{high:.2f} (bootstrap)"
+            line(f"{base} {task}", f"deviation {setting} / plain", f"{ratio:.2f}", interval, "", "")
+
+
+def ratio_interval(values: list[float], beside: list[float]) -> tuple[float, float]:
+    """95% bootstrap interval of the ratio of two standard deviations."""
+
+    def ratio(one: np.ndarray, other: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.std(one, axis=axis, ddof=1) / np.maximum(np.std(other, axis=axis, ddof=1), 1e-9)
+
+    draw = np.random.default_rng(0)
+    found = stats.bootstrap((values, beside), ratio, n_resamples=9999, method="percentile", rng=draw)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def starts(study: Study, base: str, task: str) -> None:
+    """Lengths at the recipe's start, from label words, and other starts at a length of 20: one cohort."""
+    settings = {f"length{n}": study.prompt(task, length=n) for n in LENGTHS}
+    bare = {key: value for key, value in study.prompt(task, length=20).items() if not key.startswith("init")}
+    others: dict[str, Section] = {"random": {}, "scaled": {}, "vocabulary": {}, "text": {"init_text": TEXT}}
+    settings |= {f"start-{init}": bare | {"init": init} | own for init, own in others.items()}
+    found, seconds = after(study.config("starts", base, task, adapters=cohort(**settings)))
+    for setting, values in by_setting(found):
+        study.row(f"{base} {task}", setting, values, seconds=seconds / len(settings))
+
+
+def transfer(study: Study, base: str, task: str) -> None:
+    """Prompt, LoRA and full fine-tuning trained on `task`, scored on the tasks of SHIFTS."""
+    prompt = {"prompt20": study.prompt(task, length=20)}
+    runs = [study.config("shift-prompt", base, task, adapters=prompt)]
+    runs += [study.baseline(method, base, task) for method in ("lora", "full_finetuning")]
+    targets = [study.config("shift-prompt", base, target, adapters=prompt).task for target in SHIFTS[task]]
+    found = transfer_study.members(runs, SEEDS)
+    result = transfer_study.study(found, targets, "test", train=driver.finished, score=driver.evaluate)
+    for method, of_method in result["methods"].items():
+        for name, on in of_method["tasks"].items():
+            study.row(f"{base} {task} -> {name}", method.split(".")[0], on["values"], seconds=0)
+            if on["shift"]:
+                mean, deviation, low, high = (on["shift"][key] for key in ("mean", "deviation", "low", "high"))
+                line(
+                    "", "difference to its own task", f"{mean:.3f} +- {deviation:.3f}", f"{low:.3f}..{high:.3f}", "", ""
+                )
+
+
+def ensemble(study: Study, base: str, task: str) -> None:
+    """Five seeds of one prompt: average, best, and both ensembles."""
+    adapters = cohort(5, prompt20=study.prompt(task, length=20))
+    cfg = study.config("ensemble", base, task, adapters=adapters)
+    found, seconds = after(cfg)
+    places = driver.adapter_dirs(cfg, None)
+    result = driver.evaluate(cfg, places, [cfg.task], "test", with_ensemble=True)
+    print(json.dumps({key: value for key, value in result["tasks"][task].items() if key != "adapters"}))
+    study.row(f"{base} {task}", "average", list(found.values()), seconds=seconds)
+
+
+TEXT = "Read the text and say in one word what it is about and whether the writer thinks that it is good or bad."
+ADAMW: Section = {"optimizer": "adamw", "clip_norm": 1.0}
+BASELINES: dict[str, tuple[Section, Section]] = {
+    "few_shot": ({"examples": 8, "calibrated": True}, ADAMW),
+    "lora": ({"rank": 8, "alpha": 16}, ADAMW | {"learning_rate": 3e-3}),
+    "full_finetuning": ({}, ADAMW | {"learning_rate": 3e-4}),
+}
+"""What each method does, and how it is trained otherwise than the recipe."""
+SHIFTS = {"sst2": ["imdb"], "movies": ["products"]}
+
+
+def spread_settings(prompt: Section) -> dict[str, Section]:
+    """The recipe, plain prompt tuning, and plain with one means each."""
+    plain = {"kind": "prompt", "length": 20, "init": "random", "train": {"schedule": "constant", "warmup_steps": 0}}
+    return {"plain": plain, "recipe": prompt | {"length": 20}}
+
+
+STUDIES: dict[str, Callable[[Study, str, str], None]] = {
+    "methods": methods,
+    "spread": spread,
+    "starts": starts,
+    "transfer": transfer,
+    "ensemble": ensemble,
+}
+
+
+def main(
+    name: str,
+    changes: Annotated[list[str] | None, typer.Argument()] = None,
+    *,
+    data: Path,
+    bases: Path,
+    out: Path,
+    base: list[str],
+    task: list[str],
+) -> None:
+    """Run a study on every base and task."""
+    study = Study(data, bases, out, changes or [])
+    print("| | | test | 95% interval | seeds | seconds |\n|---|---|---|---|---|---|")
+    for one in base:
+        for of in task:
+            STUDIES[name](study, one, of)
+
+
+if __name__ == "__main__":
+    typer.run(main)
