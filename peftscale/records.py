@@ -131,8 +131,6 @@ class Predicted(Row):
     peak_rank_bytes: int
     step_s: float | None = None
     """None where the rates of the device are not known."""
-    assumes: str = ""
-    """What `step_s` rests on, or why there is none."""
 
 
 class AdapterSummary(Row):

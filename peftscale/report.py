@@ -13,6 +13,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from peftscale.plan import pace
 from peftscale.records import RunSummary
 
 _NUM_WORDS = 12
@@ -58,7 +59,7 @@ def summary_table(summary: RunSummary) -> Table:
     if summary.step_s is not None:
         step_s = summary.predicted.step_s
         table.add_row("seconds per step", f"{summary.step_s:.3g}", "" if step_s is None else f"{step_s:.3g}")
-        table.caption = f"predicted {summary.predicted.assumes}" if step_s is not None else None
+        table.caption = None if step_s is None else f"seconds are predicted at {pace.ASSUMED}"
     table.add_row("seconds", f"{summary.seconds:.1f}", "")
     table.add_row("tokens per second", f"{summary.tokens_per_s:,.0f}", "")
     return table

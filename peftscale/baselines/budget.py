@@ -10,17 +10,17 @@ from peftscale.base import load as base_load
 from peftscale.config import RunConfig
 from peftscale.errors import ConfigError
 from peftscale.facts import BaseFacts
-from peftscale.plan import Placement, Plan
+from peftscale.plan import Placement, Plan, Work
 
 
 def of_training(
-    cfg: RunConfig, device: torch.device, *, world: int, num_trained: int | None = None, passes: int = 1
+    cfg: RunConfig, device: torch.device, *, world: int, num_trained: int | None = None, work: Work | None = None
 ) -> Plan:
     """Full fine-tuning or LoRA.
 
     Args:
         num_trained: once it is known. None: all that full fine-tuning trains, and nothing yet of LoRA's updates.
-        passes: of a step.
+        work: once the data is known.
 
     Raises:
         ConfigError: it does not fit.
@@ -28,16 +28,16 @@ def of_training(
     if num_trained is None and cfg.method == "lora":
         num_trained = 0
     hardware = plan.detect(cuda=device.type == "cuda")
-    made = plan.baselines.of_training(cfg, _facts(cfg), hardware, world=world, num_trained=num_trained, passes=passes)
+    made = plan.baselines.of_training(cfg, _facts(cfg), hardware, world=world, num_trained=num_trained, work=work)
     if not made.fits:
         raise ConfigError("\n".join(made.problems))
     return made
 
 
-def of_evaluation(cfg: RunConfig, device: torch.device, placed: Placement, *, world: int) -> Plan:
+def of_evaluation(cfg: RunConfig, device: torch.device, placed: Placement, *, world: int, work: Work) -> Plan:
     """Prompt design. Whether it fits was asked when the base was placed."""
     hardware = plan.detect(cuda=device.type == "cuda")
-    return plan.baselines.of_evaluation(cfg, _facts(cfg), hardware, placed, world=world)
+    return plan.baselines.of_evaluation(cfg, _facts(cfg), hardware, placed, world=world, work=work)
 
 
 def _facts(cfg: RunConfig) -> BaseFacts:

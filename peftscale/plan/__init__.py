@@ -4,32 +4,28 @@ Arithmetic over `facts`, a hardware catalogue and the run file; it reads no weig
 figures are measured in the run (`records`) and printed beside these. Runs of a baseline are in `baselines`.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 from peftscale.config import BaseConfig, RunConfig
 from peftscale.errors import ConfigError
 from peftscale.facts import BaseFacts, dtype_bytes
 from peftscale.plan import baselines, pace, verdict
+from peftscale.plan.adapters import kept, trained_numbers
 from peftscale.plan.figures import Placement, Plan, identity, show, table
 from peftscale.plan.hardware import Hardware, detect
 from peftscale.plan.memory import (
     CONTROL_BYTES,
     Setting,
     activation_bytes,
-    decoder_tokens,
-    file_rows,
+    attention_bytes,
+    evaluation_bytes,
     gathered_bytes,
-    most_target_tokens,
-    positions,
+    peak_bytes,
     rank_parts,
-    step_rows,
-    step_tokens,
-    token_width,
-    trained_numbers,
     weight_parts,
 )
 from peftscale.plan.modes import MODES, RUN_MODES, Mode, choose, holders, refuse_what_is_only_planned
+from peftscale.plan.work import PassSize, Work, decoder_tokens, expected, longest_row, max_text_tokens
 
 __all__ = [
     "CONTROL_BYTES",
@@ -37,21 +33,22 @@ __all__ = [
     "RUN_MODES",
     "Hardware",
     "Mode",
+    "PassSize",
     "Placement",
     "Plan",
+    "Work",
     "activation_bytes",
     "baselines",
     "compare",
     "detect",
+    "evaluation_bytes",
+    "expected",
     "make",
     "place",
     "refuse_what_is_only_planned",
     "show",
     "table",
 ]
-
-MANIFEST_BYTES = 16_384
-"""Allowance for JSON in a checkpoint: two for the run with its random state, one for each adapter."""
 
 
 def compare(
@@ -97,9 +94,7 @@ def make(
     hardware: Hardware,
     *,
     world: int | None = None,
-    passes_per_step: int | None = None,
-    tokens_per_pass: int | None = None,
-    tokens_per_step: int | None = None,
+    work: Work | None = None,
     modes: Sequence[Mode] = MODES,
     placed: Placement | None = None,
     price_per_gpu_hour: float | None = None,
@@ -111,42 +106,36 @@ def make(
         facts: of its base.
         hardware: what it would run on.
         world: ranks. None: every GPU of `hardware`, or cluster.workers on CPU.
-        passes_per_step: of one rank. None: from task.max_text_tokens, or one where that is not given.
-        tokens_per_pass: most tokens of one pass. None: train.microbatch_tokens, or all rows of a step where they are
-            fewer.
-        tokens_per_step: of one rank. None: from task.max_text_tokens, or full passes where that is not given.
+        work: of one rank, where the data is known. None: what the run file lets expect.
         modes: shardings that base.sharding=auto may take.
         placed: where the base lies already. None: decided here.
         price_per_gpu_hour: of one rank's device, in any currency.
     """
     world = world if world is not None else num_ranks(cfg, hardware)
-    tokens = tokens_per_pass if tokens_per_pass is not None else _pass_tokens(cfg, facts, world)
-    passes = passes_per_step if passes_per_step is not None else _passes(cfg, facts, world)
-    in_step = tokens_per_step
-    if in_step is None:
-        in_step = step_tokens(cfg, facts, world=world, passes=passes, tokens_per_pass=tokens)
+    is_expected, work = work is None, work or expected(cfg, facts, world=world)
 
     def setting_of(mode: Mode) -> Setting:
         held_by = holders(mode, world=world, node_ranks=hardware.ranks_per_node(world))
-        return Setting(world, held_by, cfg.base.quantization, cfg.base.checkpoint_activations, tokens)
+        stored, checkpoints = cfg.base.quantization, cfg.base.checkpoint_activations
+        return Setting(world, held_by, stored, checkpoints, attention_bytes(cfg, hardware), work)
 
     def peak_of(mode: Mode) -> int:
-        return sum(rank_parts(cfg, facts, setting_of(mode)).values())
+        return peak_bytes(rank_parts(cfg, facts, setting_of(mode)))
 
     placed = placed or _placement(cfg.base, facts, hardware, world, modes, peak_of)
     setting, peak, memory = setting_of(placed.sharding), peak_of(placed.sharding), hardware.rank_bytes(world)
     parts = rank_parts(cfg, facts, setting)
     problems = verdict.shape_problems(cfg, facts, hardware, world=world, sharding=placed.sharding)
     if peak > memory:
-        row = _longest_row(cfg, facts)
+        row = longest_row(cfg, facts)
         problems.append(verdict.too_big(cfg, facts, hardware, setting, modes=modes, least_tokens=row))
-    sent = _sent(cfg, facts, hardware, setting, passes)
+    sent = _sent(cfg, facts, hardware, setting)
     load = pace.Load(
-        tokens=in_step,
-        decoder_part=decoder_tokens(cfg, setting) / tokens if facts.is_encoder_decoder else 0.0,
-        target_tokens=step_rows(cfg, world) * most_target_tokens(cfg),
+        tokens=work.tokens_per_step,
+        decoder_part=decoder_tokens(cfg, work.step) / work.step.tokens if facts.is_encoder_decoder else 0.0,
+        target_tokens=work.passes_per_step * work.step.targets,
         checkpoints=setting.checkpoints,
-        passes=passes,
+        passes=work.passes_per_step,
         within_bytes=sent["gathered_within_node_bytes_per_step"],
         between_bytes=sent["gathered_between_nodes_bytes_per_step"],
         reduced_bytes=sent["reduced_bytes_per_step"],
@@ -154,7 +143,7 @@ def make(
     )
     found = pace.of_step(facts, hardware, load)
     notes = _notes(cfg, hardware, setting, placed.sharding, found)
-    if passes_per_step is None and _max_text_tokens(cfg) is None:
+    if is_expected and max_text_tokens(cfg) is None:
         notes.insert(0, "task.max_text_tokens is not given, so one pass a step is assumed.")
     return Plan(
         **identity(cfg, facts, hardware, world),
@@ -162,12 +151,12 @@ def make(
         **parts,
         peak_rank_bytes=peak,
         rank_memory_bytes=memory,
-        tokens_per_pass=tokens,
-        passes_per_step=passes,
-        tokens_per_step=in_step,
+        tokens_per_pass=work.step.tokens,
+        passes_per_step=work.passes_per_step,
+        tokens_per_step=work.tokens_per_step,
         **sent,
         **pace.figures(found, hardware, load, num_steps=cfg.num_steps, world=world, rate=price_per_gpu_hour),
-        **_kept(cfg, facts, parts),
+        **kept(cfg, facts, trained_bytes=parts["adapter_bytes"], optimizer_bytes=parts["optimizer_bytes"]),
         fits=not problems,
         problems=tuple(problems),
         notes=tuple(notes),
@@ -185,8 +174,8 @@ def place(
 
     def need_of(mode: Mode) -> int:
         held_by = holders(mode, world=world, node_ranks=hardware.ranks_per_node(world))
-        setting = Setting(world, held_by, cfg.quantization, cfg.checkpoint_activations, tokens=0)
-        return sum(weight_parts(facts, setting, dtype_bytes(cfg.compute_dtype)).values())
+        stored, dense = cfg.quantization, dtype_bytes(cfg.compute_dtype)
+        return sum(weight_parts(facts, stored, dense, holders=held_by).values())
 
     placed = _placement(cfg, facts, hardware, world, modes, need_of)
     need = need_of(placed.sharding)
@@ -238,9 +227,11 @@ def _placement(
     return Placement(sharding=sharding, reason=reason, prefetch_elements=block if prefetches else 0)
 
 
-def _sent(cfg: RunConfig, facts: BaseFacts, hardware: Hardware, setting: Setting, passes: int) -> dict[str, int]:
+def _sent(cfg: RunConfig, facts: BaseFacts, hardware: Hardware, setting: Setting) -> dict[str, int]:
     """Bytes of a step's collectives, under the names that `Plan` gives them."""
-    gathered = gathered_bytes(facts, setting, dtype_bytes(cfg.base.compute_dtype)) * passes
+    dense = dtype_bytes(cfg.base.compute_dtype)
+    gathered = gathered_bytes(facts, setting.quantization, dense, holders=setting.holders)
+    gathered *= setting.work.passes_per_step
     # Each holder has as much of it as any other, so the part of a node is the part of its ranks.
     elsewhere = max(0, setting.holders - hardware.ranks_per_node(setting.world))
     between = gathered * elsewhere // setting.holders
@@ -254,51 +245,6 @@ def _sent(cfg: RunConfig, facts: BaseFacts, hardware: Hardware, setting: Setting
     }
 
 
-def _kept(cfg: RunConfig, facts: BaseFacts, parts: dict[str, int]) -> dict[str, int]:
-    """Bytes on disk, under the names that `Plan` gives them."""
-    files = sum(_safetensors_bytes(file_rows(a), token_width(a, facts)) for a in cfg.adapters.values())
-    manifests = MANIFEST_BYTES * (2 + len(cfg.adapters))
-    return {
-        "adapter_file_bytes": files,
-        "checkpoint_bytes": parts["adapter_bytes"] + files + parts["optimizer_bytes"] + manifests,
-    }
-
-
-def _max_text_tokens(cfg: RunConfig) -> int | None:
-    """Of all tasks; None where one has no limit."""
-    limits = [task.max_text_tokens for name in cfg.adapters for task in cfg.adapter_tasks(name)]
-    return None if None in limits else max(limit for limit in limits if limit is not None)
-
-
-def _longest_row(cfg: RunConfig, facts: BaseFacts) -> int:
-    """Tokens; with texts of one token where they have no limit."""
-    virtual = max(positions(a, facts) for a in cfg.adapters.values())
-    return virtual + (_max_text_tokens(cfg) or 1) + most_target_tokens(cfg)
-
-
-def _pass_tokens(cfg: RunConfig, facts: BaseFacts, world: int) -> int:
-    """Most of one pass: what a step has may be less than what a pass may hold. A row alone may be more, and is named
-    as a problem."""
-    most = cfg.train.microbatch_tokens
-    if _max_text_tokens(cfg) is None:
-        return most
-    return min(most, step_rows(cfg, world) * _longest_row(cfg, facts))
-
-
-def _passes(cfg: RunConfig, facts: BaseFacts, world: int) -> int:
-    if _max_text_tokens(cfg) is None:
-        return 1
-    return math.ceil(step_rows(cfg, world) / max(1, cfg.train.microbatch_tokens // _longest_row(cfg, facts)))
-
-
-def _safetensors_bytes(length: int, width: int) -> int:
-    """Size of an adapter's file: 8-byte length, JSON header padded to 8 bytes, P rows of `width` float32."""
-    size = length * width * 4
-    entry = f'"prompt_embeddings":{{"dtype":"F32","shape":[{length},{width}],"data_offsets":[0,{size}]}}'
-    header = f'{{"__metadata__":{{"format":"pt"}},{entry}}}'
-    return 8 + math.ceil(len(header) / 8) * 8 + size
-
-
 def _notes(cfg: RunConfig, hardware: Hardware, setting: Setting, sharding: Mode, found: pace.Pace | None) -> list[str]:
     notes = []
     if sharding not in RUN_MODES:
@@ -309,9 +255,9 @@ def _notes(cfg: RunConfig, hardware: Hardware, setting: Setting, sharding: Mode,
     if setting.holders > hardware.ranks_per_node(setting.world):
         notes.append("the ranks span nodes, so weights are gathered over the network between them.")
     even = found.hidden_above_tokens if found else None
-    if even is not None and setting.tokens < even:
+    if even is not None and setting.work.step.tokens < even:
         notes.append(
             f"below about {even} tokens a pass the gathers, not the arithmetic, set the pace; "
-            f"train.microbatch_tokens={setting.tokens}."
+            f"a pass has {setting.work.step.tokens} at most."
         )
     return notes

@@ -45,16 +45,21 @@ class Plan(Placement):
     """The two largest units (block, embedding, head), which a sharded rank holds for a moment."""
     adapter_bytes: int
     """Parameters, float32."""
+    best_bytes: int
+    """A copy of each adapter at its best."""
     gradient_bytes: int
     optimizer_bytes: int
-    activation_bytes: int
-    """Kept from forward for backward, and the largest gradients in flight."""
     dequantized_bytes: int
     """The largest linear weight, read from its blob into the compute dtype."""
+    activation_bytes: int
+    """Kept from forward for backward, and the largest gradients in flight."""
     logits_bytes: int
     """At target positions only: logits, their float32 copy and its gradient."""
+    evaluation_bytes: int
+    """What the largest pass of an evaluation takes in place of activations and logits: one block without a backward,
+    logits of all labels, or the cache of keys and values of texts that are written."""
     peak_rank_bytes: int
-    """Sum of the eight above from slice to logits."""
+    """Sum of those above from slice to dequantised, and the larger of evaluation and activations with logits."""
     rank_memory_bytes: int
     """What a rank may fill, after a reserve for the runtime."""
     tokens_per_pass: int
@@ -154,11 +159,13 @@ _ROWS: tuple[tuple[str, str, Callable[..., str]], ...] = (
     ("a rank: slice", "slice_bytes", show),
     ("a rank: two largest gathered units", "gathered_units_bytes", show),
     ("a rank: adapters", "adapter_bytes", show),
+    ("a rank: adapters at their best", "best_bytes", show),
     ("a rank: gradients", "gradient_bytes", show),
     ("a rank: optimizer", "optimizer_bytes", show),
-    ("a rank: activations", "activation_bytes", show),
     ("a rank: largest weight dequantised", "dequantized_bytes", show),
-    ("a rank: logits", "logits_bytes", show),
+    ("  and in a step: activations", "activation_bytes", show),
+    ("                 logits", "logits_bytes", show),
+    ("  or in an evaluation", "evaluation_bytes", show),
     ("a rank: peak", "peak_rank_bytes", show),
     ("a rank: may fill", "rank_memory_bytes", show),
     ("gathered a step", "gathered_bytes_per_step", show),

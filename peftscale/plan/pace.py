@@ -24,6 +24,7 @@ FLOPS_REACHED = 0.4
 """Of the dense bfloat16 peak, recomputation counted. Published 4-bit runs of 70B and 405B reach 0.33 to 0.64."""
 LINK_REACHED = 0.8
 """Of a link's bandwidth in one direction."""
+ASSUMED = f"{FLOPS_REACHED:.0%} of the device's peak and {LINK_REACHED:.0%} of its links, which is a guess"
 
 
 @dataclass(frozen=True, slots=True)

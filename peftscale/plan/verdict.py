@@ -8,13 +8,17 @@ from dataclasses import replace
 
 from peftscale.config import RunConfig
 from peftscale.facts import BaseFacts
+from peftscale.plan.adapters import positions
 from peftscale.plan.figures import show
 from peftscale.plan.hardware import Hardware
-from peftscale.plan.memory import Setting, positions, rank_parts, target_tokens
+from peftscale.plan.memory import EVALUATION_PARTS, STEP_PARTS, Setting, peak_bytes, rank_parts
 from peftscale.plan.modes import Mode
+from peftscale.plan.work import expected, target_tokens
 
 Change = Callable[[Setting], Setting]
 Check = Callable[[Setting], bool]
+Spread = Callable[[Setting, int], Setting]
+"""The same over another number of ranks, each with a slice."""
 
 
 def shape_problems(cfg: RunConfig, facts: BaseFacts, hardware: Hardware, *, world: int, sharding: Mode) -> list[str]:
@@ -64,23 +68,37 @@ def too_big(
     """
 
     def is_enough(changed: Setting) -> bool:
-        return sum(rank_parts(cfg, facts, changed).values()) <= hardware.rank_bytes(changed.world)
+        return peak_bytes(rank_parts(cfg, facts, changed)) <= hardware.rank_bytes(changed.world)
 
-    changes = _changes(setting, hardware, modes=modes, least_tokens=least_tokens, is_enough=is_enough)
+    def spread(changed: Setting, world: int) -> Setting:
+        work = expected(cfg, facts, world=world).within(changed.work.most_tokens)
+        return replace(changed, world=world, holders=world, work=work)
+
+    changes = _changes(setting, hardware, modes=modes, least_tokens=least_tokens, is_enough=is_enough, spread=spread)
     ways = [words for words, change in changes if is_enough(change(setting))]
-    ways += _more_devices(setting, hardware, is_enough)
-    way_out = f"Enough would be: {'; or '.join(ways)}." if ways else _together(setting, hardware, changes, is_enough)
+    ways += _more_devices(setting, hardware, is_enough, spread)
+    way_out = f"Enough would be: {'; or '.join(ways)}."
+    if not ways:
+        way_out = _together(setting, hardware, changes, is_enough, spread)
     parts = rank_parts(cfg, facts, setting)
-    causes = sorted(((size, key.removesuffix("_bytes")) for key, size in parts.items()), reverse=True)[:3]
+    smaller = min(STEP_PARTS, EVALUATION_PARTS, key=lambda keys: sum(parts[key] for key in keys))
+    counted = {key: size for key, size in parts.items() if key not in smaller}
+    causes = sorted(((size, key.removesuffix("_bytes")) for key, size in counted.items()), reverse=True)[:3]
     named = ", ".join(f"{key.replace('_', ' ')} {show(size)}" for size, key in causes)
     return (
-        f"a rank needs {show(sum(parts.values()))} and may fill {show(hardware.rank_bytes(setting.world))} of "
+        f"a rank needs {show(peak_bytes(parts))} and may fill {show(hardware.rank_bytes(setting.world))} of "
         f"{hardware.name} ({named}). {way_out}"
     )
 
 
 def _changes(
-    setting: Setting, hardware: Hardware, *, modes: Sequence[Mode], least_tokens: int, is_enough: Check
+    setting: Setting,
+    hardware: Hardware,
+    *,
+    modes: Sequence[Mode],
+    least_tokens: int,
+    is_enough: Check,
+    spread: Spread,
 ) -> list[tuple[str, Change]]:
     """What may be changed without other hardware, the cheapest first; a change of nothing is left out."""
     found: list[tuple[str, Change]] = []
@@ -93,33 +111,39 @@ def _changes(
         found.append(("base.sharding=node", lambda s: replace(s, holders=of_node)))
     if setting.holders < setting.world:
         found.append(("base.sharding=world", lambda s: replace(s, holders=s.world)))
-    fewer = setting.tokens
-    while fewer // 2 >= least_tokens and not is_enough(replace(setting, tokens=fewer)):
+    fewer = setting.work.most_tokens
+    while fewer // 2 >= least_tokens and not is_enough(replace(setting, work=setting.work.within(fewer))):
         fewer //= 2
-    if fewer < setting.tokens:
-        found.append((f"train.microbatch_tokens={fewer}", lambda s: replace(s, tokens=fewer)))
+    if fewer < setting.work.most_tokens:
+        found.append((f"train.microbatch_tokens={fewer}", lambda s: replace(s, work=s.work.within(fewer))))
     if hardware.kind == "cpu" and setting.world > 1:
-        found.append(("cluster.workers=0 (one process)", lambda s: replace(s, world=1, holders=1)))
+        found.append(("cluster.workers=0 (one process)", lambda s: spread(s, 1)))
     return found
 
 
-def _more_devices(setting: Setting, hardware: Hardware, is_enough: Check) -> list[str]:
+def _more_devices(setting: Setting, hardware: Hardware, is_enough: Check, spread: Spread) -> list[str]:
     """The smallest number of them that is enough; none where no number is."""
     if hardware.kind == "cuda":
         for count in (2**n for n in range(1, 11) if 2**n > setting.world):
-            if is_enough(replace(setting, world=count, holders=count)):
+            if is_enough(spread(setting, count)):
                 return [f"--hardware {count}x{hardware.name} with base.sharding=world"]
     return []
 
 
-def _together(setting: Setting, hardware: Hardware, changes: Sequence[tuple[str, Change]], is_enough: Check) -> str:
+def _together(
+    setting: Setting,
+    hardware: Hardware,
+    changes: Sequence[tuple[str, Change]],
+    is_enough: Check,
+    spread: Spread,
+) -> str:
     taken: list[str] = []
     for words, change in changes:
         taken, setting = [*taken, words], change(setting)
         if is_enough(setting):
             break
     else:
-        more = _more_devices(setting, hardware, is_enough)
+        more = _more_devices(setting, hardware, is_enough, spread)
         if not more:
             return "Nothing in the run file is enough, nor more such devices: take larger ones, or a smaller base."
         taken += more

@@ -16,12 +16,12 @@ from peftscale.base import attention, exactness, flex_exactness, slots_exactness
 from peftscale.base import load as base_load
 from peftscale.base.load import Base
 from peftscale.config import BaseConfig, RunConfig
-from peftscale.data import tasks
+from peftscale.data import metrics, tasks
 from peftscale.data.mixtures import Mixture
 from peftscale.data.tasks import TaskData
 from peftscale.errors import AdapterError, ClusterError, ConfigError, DataError, ModelError
 from peftscale.facts import BaseFacts
-from peftscale.plan import Hardware, Placement, Plan
+from peftscale.plan import Hardware, Placement, Plan, Work
 from peftscale.train import comm
 
 COLLECTIVE_TIMEOUT_S = 1800.0
@@ -57,14 +57,16 @@ def own_gpu() -> torch.device:
     return device
 
 
-def make_plan(cfg: RunConfig, device: torch.device, *, placed: Placement | None = None, **known: int) -> Plan:
+def make_plan(
+    cfg: RunConfig, device: torch.device, *, placed: Placement | None = None, work: Work | None = None
+) -> Plan:
     """The plan for the world that this run finds itself in: rank 0's, if it fits on every rank.
 
     Args:
         cfg: the run file.
         device: of this rank.
         placed: where the base lies already; None before it is loaded.
-        **known: arguments of `plan.make` that the data has decided.
+        work: what the data has decided; None before it is read.
 
     Raises:
         ConfigError: it does not fit, with what would help.
@@ -72,7 +74,7 @@ def make_plan(cfg: RunConfig, device: torch.device, *, placed: Placement | None 
 
     def local(base_facts: BaseFacts, hardware: Hardware) -> Plan:
         world = comm.world_size()
-        planned = plan.make(cfg, base_facts, hardware, world=world, modes=plan.RUN_MODES, placed=placed, **known)
+        planned = plan.make(cfg, base_facts, hardware, world=world, modes=plan.RUN_MODES, placed=placed, work=work)
         if not planned.fits:
             raise ConfigError("\n".join(planned.problems))
         return planned
@@ -211,6 +213,7 @@ def load_tasks(cfg: RunConfig) -> dict[str, Mixture]:
             of_more = f".more_tasks.{number - 1}" if number else ""
             raise type(error)(f"adapters.{first}{of_more}: {error}") from error
         found |= dict.fromkeys(places, data)
+    metrics.import_libraries(metric for name in cfg.adapters for of in cfg.adapter_tasks(name) for metric in of.metrics)
     return {
         name: Mixture(
             tuple(found[name, number] for number, _ in enumerate(cfg.adapter_tasks(name))), adapter.task_size_limit

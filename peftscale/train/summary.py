@@ -29,8 +29,6 @@ class Prediction(Protocol):
     def peak_rank_bytes(self) -> int: ...
     @property
     def step_s(self) -> float | None: ...
-    @property
-    def assumes(self) -> str: ...
 
 
 def steps_of(metrics: Path) -> list[StepRecord]:
@@ -75,7 +73,6 @@ def make(
             control_bytes_per_step=planned.control_bytes_per_step,
             peak_rank_bytes=planned.peak_rank_bytes,
             step_s=planned.step_s,
-            assumes=planned.assumes,
         ),
         adapters=adapters,
     )
