@@ -71,7 +71,7 @@ def compare(
         lora_targets: (run file, model type) -> names of the linears that LoRA takes.
 
     Raises:
-        ConfigError: LoRA finds no linear, or prompt design has no room for the weights.
+        ConfigError: LoRA finds no linear.
     """
     targets = lora_targets(cfg, facts.model_type) if cfg.method == "lora" else ()
     plans = []
@@ -81,7 +81,7 @@ def compare(
             case "adapters":
                 plans.append(make(cfg, facts, machine, world=ranks, price_per_gpu_hour=price_per_gpu_hour))
             case "few_shot":
-                placed = place(cfg.base, facts, machine, world=ranks)
+                placed, _ = _place_alone(cfg.base, facts, machine, ranks, RUN_MODES)
                 plans.append(baselines.of_evaluation(cfg, facts, machine, placed, world=ranks))
             case _:
                 plans.append(baselines.of_training(cfg, facts, machine, world=ranks, lora_targets=targets))
@@ -171,14 +171,7 @@ def place(
     Raises:
         ConfigError: its weights do not fit by themselves.
     """
-
-    def need_of(mode: Mode) -> int:
-        held_by = holders(mode, world=world, node_ranks=hardware.ranks_per_node(world))
-        stored, dense = cfg.quantization, dtype_bytes(cfg.compute_dtype)
-        return sum(weight_parts(facts, stored, dense, holders=held_by).values())
-
-    placed = _placement(cfg, facts, hardware, world, modes, need_of)
-    need = need_of(placed.sharding)
+    placed, need = _place_alone(cfg, facts, hardware, world, modes)
     if need > hardware.rank_bytes(world):
         raise ConfigError(
             f"base.model={facts.model}: its weights take {show(need)} of a rank ({cfg.quantization}, {placed.sharding} "
@@ -186,6 +179,20 @@ def place(
             f"them in fewer bits (base.quantization), shard them over more ranks, or take larger devices."
         )
     return placed
+
+
+def _place_alone(
+    cfg: BaseConfig, facts: BaseFacts, hardware: Hardware, world: int, modes: Sequence[Mode]
+) -> tuple[Placement, int]:
+    """Where its weights are to lie, and what a rank then needs for them."""
+
+    def need_of(mode: Mode) -> int:
+        held_by = holders(mode, world=world, node_ranks=hardware.ranks_per_node(world))
+        stored, dense = cfg.quantization, dtype_bytes(cfg.compute_dtype)
+        return sum(weight_parts(facts, stored, dense, holders=held_by).values())
+
+    placed = _placement(cfg, facts, hardware, world, modes, need_of)
+    return placed, need_of(placed.sharding)
 
 
 def num_ranks(cfg: RunConfig, hardware: Hardware) -> int:

@@ -94,7 +94,7 @@ def logits_bytes(facts: BaseFacts, size: PassSize, dense: int) -> int:
 
 def evaluations_bytes(cfg: RunConfig, facts: BaseFacts, setting: Setting) -> int:
     """Of the largest pass of an evaluation."""
-    return max(
+    sizes = (
         evaluation_bytes(
             facts,
             size,
@@ -104,6 +104,7 @@ def evaluations_bytes(cfg: RunConfig, facts: BaseFacts, setting: Setting) -> int
         )
         for size in setting.work.evaluated
     )
+    return max(sizes, default=0)
 
 
 def weight_parts(facts: BaseFacts, quantization: Quantization, dense: int, *, holders: int) -> dict[str, int]:

@@ -85,22 +85,29 @@ BLOCK_3, TABLE_3, NORM_3 = 108 * 2 + 9 * 2, 402 * 2, 9 * 2
 
 
 def test_bytes_of_a_tiny_base_over_three_ranks_by_hand() -> None:
-    made = plan.make(_cfg(adapters={"a": 5}), _tiny(), plan.Hardware.parse("cpu-24GB"), world=3, passes_per_step=4)
+    cfg, base, cpu = _cfg(adapters={"a": 5}), _tiny(), plan.Hardware.parse("cpu-24GB")
+    made = plan.make(cfg, base, cpu, world=3, work=replace(plan.expected(cfg, base, world=3), passes_per_step=4))
     assert made.packed_bytes == 1276
     assert made.slice_bytes == (TABLE_3 + 2 * BLOCK_3 + NORM_3) // 3
     assert made.gathered_units_bytes == TABLE_3 + BLOCK_3
     # Forward: table, blocks, norm, head (the table again). Backward: all of them but the embedding.
     assert made.gathered_bytes_per_step == 4 * (3 * TABLE_3 + 2 * 2 * BLOCK_3 + 2 * NORM_3)
     assert made.reduced_bytes_per_step == 5 * 8 * 4
-    assert (made.adapter_bytes, made.gradient_bytes, made.optimizer_bytes) == (160, 160, 320)
+    assert (made.adapter_bytes, made.best_bytes, made.gradient_bytes, made.optimizer_bytes) == (160, 160, 160, 320)
     assert made.dequantized_bytes == 192 * 2 + 192 // 16
     # 12 examples over 3 ranks are 4 rows of at most 3 targets; logits bfloat16, float32 and its gradient.
     assert made.logits_bytes == 4 * 3 * 50 * (2 + 4 + 4)
-    # Attention 4 * 8 and one activation of 24 in bfloat16, the norm's float32 copy of 8, scalars of 2 heads and a norm.
-    block = 2 * (4 * 8 + 24) + 4 * 8 + 4 * (2 + 1)
+    # Attention 4 * 8 in float32, as on a CPU, and one activation of 24 in bfloat16, the norm's float32 copy of 8,
+    # scalars of 2 heads and a norm.
+    block = 4 * 4 * 8 + 2 * 24 + 4 * 8 + 4 * (2 + 1)
     assert made.activation_bytes == 100 * (2 * block + 3 * 24 * 2 + 8 * 8)
-    parts = (made.slice_bytes, made.gathered_units_bytes, 160, 160, 320, made.activation_bytes, 396, made.logits_bytes)
-    assert made.peak_rank_bytes == sum(parts)
+    # Labels are compared in passes of 100 tokens. Without a limit on texts, those of a step's 4 rows fill a pass, 20
+    # behind a prompt of 5; one of them and 3 targets are 23 tokens, so 4 rows make 12 logits.
+    block = 2 * 2 * 8 + (2 * (8 + 2 * 8) + 4 * (6 * 8 + 4 * 8))  # input and norm; attention with copies in float32
+    assert made.evaluation_bytes == max(100 * block, 8 * 12 * 50)
+    parts = (made.slice_bytes, made.gathered_units_bytes, 160, 160, 160, 320, 396)
+    assert made.activation_bytes + made.logits_bytes > made.evaluation_bytes
+    assert made.peak_rank_bytes == sum(parts) + made.activation_bytes + made.logits_bytes
     assert made.sharding == "world" and made.reason == "base.sharding=world"
     assert made.fits and made.problems == ()
     assert made.prefetch_elements == 0
@@ -165,7 +172,10 @@ def test_a_base_that_does_not_fit_says_what_would_help() -> None:
     assert "8xH100-80GB with base.sharding=world" in problem
     assert plan.make(cfg, base, plan.Hardware.parse("8xH100-80GB")).fits  # the way out is one
     dense = configio.load(CONFIGS / "plan" / "llama-3.1-8b.yaml", ["base.quantization=none"])
-    small = plan.make(dense, facts.load(dense.base.model), plan.Hardware.parse("A100-40GB"), tokens_per_pass=65_536)
+    eight = facts.load(dense.base.model)
+    large = replace(plan.expected(dense, eight, world=1).step, tokens=65_536)
+    work = replace(plan.expected(dense, eight, world=1), step=large)
+    small = plan.make(dense, eight, plan.Hardware.parse("A100-40GB"), work=work)
     assert not small.fits
     assert "Enough would be:" in small.problems[0] and "train.microbatch_tokens=" in small.problems[0]
 
@@ -192,7 +202,8 @@ def test_passes_follow_from_the_longest_row() -> None:
     cfg = _cfg(adapters={"a": 5}, task={"max_text_tokens": 22})
     base, three = _tiny(), plan.Hardware.parse("cpu-24GB")
     assert plan.make(cfg, base, three).passes_per_step == 2  # 4 rows a rank, 3 rows of 5 + 22 + 3 in 100 tokens
-    assert plan.make(cfg, base, three, passes_per_step=7).passes_per_step == 7
+    counted = replace(plan.expected(cfg, base, world=3), passes_per_step=7)
+    assert plan.make(cfg, base, three, work=counted).passes_per_step == 7
     unknown = plan.make(_cfg(adapters={"a": 5}), base, three)
     assert unknown.passes_per_step == 1
     assert unknown.notes == ("task.max_text_tokens is not given, so one pass a step is assumed.",)
@@ -260,7 +271,9 @@ def test_all_published_models_have_a_run_file() -> None:
 @pytest.mark.skipif(not QUICKSTART.is_file(), reason="configs/quickstart.yaml and its base are not there")
 def test_the_quickstart_reduces_its_prompt_and_gathers_its_base() -> None:
     cfg = configio.load(QUICKSTART)
-    made = plan.make(cfg, facts.load(cfg.base.model), plan.Hardware.parse("cpu-4GB"), world=2, passes_per_step=1)
+    base = facts.load(cfg.base.model)
+    work = replace(plan.expected(cfg, base, world=2), passes_per_step=1)
+    made = plan.make(cfg, base, plan.Hardware.parse("cpu-4GB"), world=2, work=work)
     # Hidden 256, 6 blocks: q, o 256 x 256, k, v 128 x 256, three of 672 x 256; 4096 tokens, tied; float32.
     weights = (2 * 256 * 256, 2 * 128 * 256, 3 * 672 * 256)
     blobs = 2 * _nf4(256 * 256) + 2 * _nf4(128 * 256) + 3 * _nf4(672 * 256)

@@ -107,7 +107,7 @@ def test_the_run_summary_has_the_fields_of_the_contract_and_no_other() -> None:
         "name, world_size, sharding, packing, steps, seconds, tokens_per_s, reduced_bytes_per_step, "
         "gathered_bytes_per_step, control_bytes_per_step, peak_rank_bytes, step_s, predicted, adapters"
     )
-    assert written["predicted"] == {**figures, "step_s": None, "assumes": ""}
+    assert written["predicted"] == {**figures, "step_s": None}
     assert ", ".join(written["adapters"]["a"]) == (
         "dir, file_bytes, trainable_parameters, train_loss, steps, stopped, before, after"
     )
