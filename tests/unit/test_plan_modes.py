@@ -7,6 +7,7 @@ from pathlib import Path
 import commands
 import pytest
 import small_plans
+import tiny
 
 from peftscale import configio, driver, facts, plan
 from peftscale.errors import ConfigError
@@ -99,7 +100,7 @@ def test_seconds_hours_and_price_by_hand() -> None:
     cfg = small_plans.cfg(adapters={"a": 5}, task={"max_text_tokens": 22}, train={"packing": "off"})
     hardware = Hardware.parse("2xH100-80GB")
     made = plan.make(cfg, small_plans.base(), hardware, price_per_gpu_hour=3.0)
-    # 6 rows a rank of 5 + 22 + 3 tokens, 3 in a pass of 100; forward and input gradient through 2 x 384 weights; the head.
+    # 6 rows a rank of 5 + 22 + 3 tokens, 3 in a pass of 100; forward and input gradient through 2 x 384 weights; head.
     assert (made.passes_per_step, made.tokens_per_pass, made.tokens_per_step) == (2, 100, 180)
     flops = 180 * 4 * 768 + 4 * (6 * 3) * 400
     gathered, reduced = 2 * PASS_BYTES, 5 * 8 * 4
@@ -129,9 +130,9 @@ def _ways(problem: str) -> list[list[str]]:
     [
         ("llama-3.1-70b", "8xH100-80GB", ["base.quantization=none", "base.sharding=replicated"], True),
         ("llama-3.1-405b", "8xH100-80GB", ["train.examples_per_step=512"], True),
-        ("llama-3.1-405b", "8xH100-80GB", ["base.quantization=none", "base.sharding=replicated"], False),
+        ("llama-3.1-70b", "cpu-64GB", ["base.quantization=none", "cluster.workers=2"], False),
         ("llama-3.1-8b", "A100-40GB", ["base.quantization=none", "base.checkpoint_activations=false"], True),
-        ("llama-3.1-405b", "4xcpu-64GB", ["cluster.workers=8"], True),
+        ("llama-3.1-70b", "cpu-160GB", ["cluster.workers=8", "base.sharding=replicated"], True),
     ],
 )
 def test_what_would_make_a_run_fit_does(model: str, hardware: str, changes: list[str], is_one_enough: bool) -> None:
@@ -151,24 +152,18 @@ def test_what_would_make_a_run_fit_does(model: str, hardware: str, changes: list
 
 
 def test_nothing_is_promised_where_nothing_is_enough() -> None:
-    made = _made("llama-3.1-405b", "RTX4090-24GB", "train.microbatch_tokens=512")
-    assert "Nothing in the run file is enough" in made.problems[0] or _ways(made.problems[0])
     tiny_device = replace(Hardware.parse("8xH100-80GB"), memory_bytes=2_000_000_000)
     cfg = configio.load(PLANS / "llama-3.1-405b.yaml")
     problem = plan.make(cfg, facts.load(cfg.base.model), tiny_device).problems[0]
-    assert problem.endswith(
-        "Nothing in the run file is enough, nor more such devices: take larger ones, or a smaller base."
-    )
+    assert problem.endswith("is enough, nor more such devices: take larger ones, or a smaller base.")
 
 
 def test_node_sharding_is_planned_and_refused_to_run(tmp_path: Path) -> None:
-    import tiny
-
     cfg = tiny.run_config(tmp_path, **{"base.sharding": "node"})
     with pytest.raises(ConfigError, match=r"base\.sharding=node: `peftscale plan` computes it, and no run can be made"):
         driver.run(cfg, show=False)
     made = plan.make(cfg, facts.load(cfg.base.model), FOUR)
-    assert made.fits and "`peftscale train` is refused" in made.notes[-1]
+    assert made.fits and any("`peftscale train` is refused" in note for note in made.notes)
 
 
 def test_the_command_prints_a_column_for_each_machine_and_names_the_one_that_is_too_small() -> None:
