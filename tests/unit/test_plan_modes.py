@@ -180,3 +180,15 @@ def test_the_network_of_a_cluster_can_be_said() -> None:
     command = ["plan", PLANS / "llama-3.1-405b.yaml", "base.sharding=world", "--hardware", "64xH100-80GB", "--json"]
     fast, slow = (commands.run(*command, "--network-gbit-per-s", gbit).out for gbit in ("3200", "100"))
     assert '"gather_step_s"' in fast and fast != slow
+
+
+def test_the_readme_s_table_is_what_plan_says() -> None:
+    lines = [line.strip("| ").split(" | ") for line in (ROOT / "README.md").read_text().splitlines()]
+    rows = [cells for cells in lines if cells[0].startswith("Llama-") and len(cells) == 10]
+    assert [row[0] for row in rows] == ["Llama-2-13B"] * 4 + ["Llama-3.1-70B"] * 4 + ["Llama-3.1-405B"] * 4
+    for model, hardware, *cells in rows:
+        made = _made(model.lower(), hardware)
+        figures = (made.slice_bytes, made.peak_rank_bytes, made.gathered_within_node_bytes_per_step)
+        figures += (made.gathered_between_nodes_bytes_per_step, made.reduced_bytes_per_step)
+        seconds = f"{made.step_s:.3g}"
+        assert cells == [made.sharding, *map(plan.show, figures), seconds, "yes" if made.fits else "no"], hardware
