@@ -61,14 +61,19 @@ def train(
     resume: Annotated[
         str | None, typer.Option(help="Go on with the run of this name from its last checkpoint.")
     ] = None,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="Go on with the run of this name and these settings if there is one.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train the adapters of a run file."""
     from peftscale import configio, driver, report
 
+    if finish and resume is not None:
+        raise ConfigError("--finish, --resume: give one of the two.")
     cfg = configio.load(run_file, [*(overrides or []), *([f"name={resume}"] if resume else [])])
     try:
-        summary = driver.run(cfg, resume=resume is not None)
+        summary = driver.finished(cfg) if finish else driver.run(cfg, resume=resume is not None)
     except KeyboardInterrupt:
         report.note(f"stopped; go on with: peftscale train {run_file} --resume {cfg.name}")
         raise typer.Exit(1) from None
@@ -119,6 +124,28 @@ def plan(
     if not all(item.fits for item in plans):
         where = {item.hardware: f"{item.hardware}: " if len(plans) > 1 else "" for item in plans}
         raise ConfigError("\n".join(where[item.hardware] + problem for item in plans for problem in item.problems))
+
+
+@app.command()
+@_names_its_run_file
+def render(
+    run_file: RunFile,
+    target: Annotated[
+        Literal["kuberay", "slurm", "skypilot", "ray-aws", "ray-gcp", "torchrun"],
+        typer.Option(help="Where it is to run: cluster/README.md says which one to choose."),
+    ],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Directory to write the file to. Left out: standard output.")] = None,
+) -> None:
+    """Write what a cluster takes, from the run file alone. Nothing is submitted."""
+    from peftscale import report
+    from peftscale.jobs import render as jobs
+
+    rendered = jobs.render(run_file, overrides or [], target)
+    if out is None:
+        print(rendered.text, end="")
+    else:
+        report.note(str(jobs.save(rendered, out)))
 
 
 @app.command()

@@ -141,7 +141,9 @@ def collect(error: ValidationError, raw: Mapping[str, Any], problems: Problems) 
             problems.add(keys, f"missing; {_meaning(keys)}")
         elif item["type"] == "extra_forbidden":
             annotation, _ = _at(keys[:-1])
-            rest = _of_the_run(keys[:-1], keys[-1]) or close_to(keys[-1], _fields(annotation))
+            known = _fields(annotation)
+            of_other = " here: it belongs to another kind" if keys[-1] in known else ""
+            rest = of_other or _of_the_run(keys[:-1], keys[-1]) or close_to(keys[-1], known)
             problems.add(keys, f"unknown key{rest}")
         else:
             problems.add(

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from peftscale.baseline_config import FewShotConfig, FullFinetuningConfig, LoraConfig, Method
+from peftscale.deploy_config import DeployConfig
 from peftscale.task_config import DataFiles as DataFiles
 from peftscale.task_config import HubData as HubData
 from peftscale.task_config import Metric as Metric
@@ -245,6 +246,8 @@ class ClusterConfig(Frozen):
     """Where runs are kept, as <storage>/<name>. Shared by all nodes. Taken relative to the run file."""
     retries: NonNegativeInt = 3
     """How often a dead worker group is started again from the last checkpoint."""
+    deploy: DeployConfig | None = None
+    """What `peftscale render` needs beside the keys above."""
 
 
 class RunConfig(Frozen):

@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from peftscale.errors import ConfigError
 _SPLITS = ("train", "validation", "test")
 _SHORT = {"length": "p", "seed": "s", "learning_rate": "lr", "weight_decay": "wd", "examples_per_step": "batch"}
 """What a key is called in the name of an adapter that a product made; other keys keep their own name."""
-_MAY_BE_MADE = (("base", "pack_dir"), ("cluster", "storage"))
+_MAY_BE_MADE = (("base", "pack_dir"), ("cluster", "storage"), ("cluster", "deploy", "shared", "local"))
 _NOT_THE_RESULT: Any = {"name": True, "cluster": True, "track": True, "base": {"pack_dir"}}
 
 
@@ -46,11 +46,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: one message with every problem, each with its key, the rule and the value that was got.
     """
     path = Path(path)
-    conf = _read(path)
     problems = Problems()
-    _override(conf, overrides, problems)
-    raw = _plain(conf, (), problems)
-    _take_paths_from(path.absolute().parent, raw, problems)
+    raw = _typed(path, overrides, problems)
     _fill_tasks(raw, problems)
     _expand(raw, problems)
     cfg: RunConfig | None = None
@@ -61,6 +58,27 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if problems or cfg is None:
         raise ConfigError(problems.text(str(path)))
     return cfg
+
+
+def placed(path: str | Path, overrides: Sequence[str], place: Callable[[str, str], str]) -> dict[str, Any]:
+    """A run file for another place: its keys as they were typed, overrides among them, every path another one.
+
+    Args:
+        path, overrides: what `load` takes, and has taken before: problems are not told here.
+        place: dotted key and absolute path here -> the path there.
+
+    Returns:
+        Plain data. Written as YAML it is a run file that stands alone.
+    """
+    raw = _typed(Path(path), overrides, Problems())
+    for holder, keys in _paths(raw):
+        typed = holder[keys[-1]]
+        is_hub_id = keys == ("base", "model") and not Path(typed).is_absolute()
+        if isinstance(typed, list):
+            holder[keys[-1]] = [place(".".join(keys), one) for one in typed]
+        elif not is_hub_id:
+            holder[keys[-1]] = place(".".join(keys), typed)
+    return raw
 
 
 def from_json(text: str) -> RunConfig:
@@ -118,6 +136,15 @@ def schema() -> dict[str, Any]:
             one = {word: value.pop(word) for word in list(value) if word not in ("description", "title", "default")}
             value["anyOf"] = [one, {"type": "array", "items": one, "minItems": 1, "uniqueItems": True}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **made, "title": "peftscale run file"}
+
+
+def _typed(path: Path, overrides: Sequence[str], problems: Problems) -> dict[str, Any]:
+    """What was typed, with interpolations resolved and paths absolute."""
+    conf = _read(path)
+    _override(conf, overrides, problems)
+    raw: dict[str, Any] = _plain(conf, (), problems)
+    _take_paths_from(path.absolute().parent, raw, problems)
+    return raw
 
 
 def _read(path: Path) -> DictConfig:
@@ -243,6 +270,17 @@ def _entry(node: Any, key: Any, keys: tuple[str, ...], problems: Problems) -> An
 
 def _take_paths_from(folder: Path, raw: dict[str, Any], problems: Problems) -> None:
     """Make the paths in `raw` absolute, in place, and look whether the files that are read are there."""
+    for holder, keys in _paths(raw):
+        must_be = "file" if keys[-2] == "files" else "directory" if keys not in _MAY_BE_MADE else None
+        typed = holder[keys[-1]]
+        if isinstance(typed, list):  # a product: each of its adapters starts from another
+            holder[keys[-1]] = [_absolute(folder, one, keys, problems, must_be=must_be) for one in typed]
+        else:
+            holder[keys[-1]] = _absolute(folder, typed, keys, problems, must_be=must_be)
+
+
+def _paths(raw: dict[str, Any]) -> Iterator[tuple[dict[str, Any], complaints.Keys]]:
+    """Every path that was given: the mapping that holds it, and its keys."""
     typed_adapters = raw.get("adapters")
     names = list(typed_adapters) if isinstance(typed_adapters, dict) else []
     data_files = [(*keys, "files", split) for keys, _ in _typed_tasks(raw) for split in _SPLITS]
@@ -252,12 +290,8 @@ def _take_paths_from(folder: Path, raw: dict[str, Any], problems: Problems) -> N
         for key in keys[:-1]:
             is_entry = isinstance(holder, list)
             holder = holder[int(key)] if is_entry else holder.get(key) if isinstance(holder, dict) else None
-        typed = holder.get(keys[-1]) if isinstance(holder, dict) else None
-        must_be = "file" if keys in data_files else "directory" if keys not in _MAY_BE_MADE else None
-        if isinstance(typed, list):  # a product: each of its adapters starts from another
-            holder[keys[-1]] = [_absolute(folder, one, keys, problems, must_be=must_be) for one in typed]
-        elif typed is not None:
-            holder[keys[-1]] = _absolute(folder, typed, keys, problems, must_be=must_be)
+        if isinstance(holder, dict) and holder.get(keys[-1]) is not None:
+            yield holder, keys
 
 
 def _absolute(folder: Path, typed: Any, keys: complaints.Keys, problems: Problems, *, must_be: str | None) -> Any:

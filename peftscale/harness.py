@@ -297,11 +297,9 @@ class AdapterLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             items, world=comm.world_size(), microbatch_tokens=self._microbatch_tokens, is_packed=is_packed
         )[comm.rank()]
         found: dict[int, T] = {}
-        self.base.eval()
-        with torch.no_grad():
+        with self.base.evaluating():
             for of_pass in tqdm(passes, desc="passes", disable=comm.rank() > 0):
                 found.update(compute(of_pass))
-        self.base.train()
         return {place: result for part in comm.gather_objects(found) for place, result in part.items()}
 
 

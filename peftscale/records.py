@@ -137,7 +137,7 @@ class AdapterSummary(Row):
     """One adapter at the end of a run, or what `method` has in its place."""
 
     dir: str
-    """Empty where nothing was trained."""
+    """Empty where nothing was trained, or where there was never an adapter that could be kept."""
     file_bytes: int
     """Of adapter_model.safetensors."""
     trainable_parameters: int
@@ -151,7 +151,7 @@ class AdapterSummary(Row):
     """Metrics on the test split (validation where there is none, or one of its tasks has none) before the first step.
     Of several tasks as in an evaluation's record."""
     after: dict[str, float]
-    """The same with the adapter that was kept as the best."""
+    """The same with the adapter that was kept as the best; empty where none was."""
 
 
 class RunSummary(Row):

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 Optimizer = Literal["adamw", "adafactor"]
 Schedule = Literal["constant", "linear", "cosine"]
 Loss = Literal["vocabulary", "labels"]
+Rate = Annotated[float, Field(gt=0, le=1e30)]  # what is larger overflows float32 inside of an update
 
 
 class Frozen(BaseModel):
@@ -25,8 +26,8 @@ class OptimizerConfig(Frozen):
     steps: PositiveInt
     optimizer: Optimizer
     """adafactor is the recipe of Lester et al. 2021: no parameter scaling, not factored, update clipped at RMS 1."""
-    learning_rate: PositiveFloat
-    network_learning_rate: PositiveFloat | None = None
+    learning_rate: Rate
+    network_learning_rate: Rate | None = None
     """Of the network of a re-parametrised adapter, on the same schedule; `learning_rate` where it is left out."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """adamw: multiplied by the rate, as in torch. adafactor: not multiplied by it, as in T5X (1e-5 there)."""
@@ -81,8 +82,8 @@ class AdapterTrainConfig(Frozen):
     """The adapter leaves the cohort when they are taken; the others go on."""
     examples_per_step: PositiveInt | None = None
     optimizer: Optimizer | None = None
-    learning_rate: PositiveFloat | None = None
-    network_learning_rate: PositiveFloat | None = None
+    learning_rate: Rate | None = None
+    network_learning_rate: Rate | None = None
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     schedule: Schedule | None = None
     warmup_steps: NonNegativeInt | None = None

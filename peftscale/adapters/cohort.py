@@ -52,10 +52,9 @@ class Cohort(Mapping[str, Adapter]):
         return len(self._adapters)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Every trained tensor as 'adapter.tensor', in the order of the cohort. A name holds no dot, so the first
-        dot ends it."""
+        """Every trained tensor as 'adapter/tensor', in the order of the cohort. Names of adapters hold no slash."""
         return {
-            f"{name}.{tensor}": parameter
+            f"{name}/{tensor}": parameter
             for name, adapter in self.items()
             for tensor, parameter in adapter.named_parameters()
         }

@@ -32,6 +32,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from peftscale.base import flex
+from peftscale.errors import ModelError
 
 NAME = "peftscale_packed"
 FLEX = "peftscale_packed_flex"
@@ -193,7 +194,8 @@ def packed_attention(
 
     Dropout is not applied: the base is frozen. `is_flex` is the way that a name of the registry stands for.
     """
-    assert layout is not None, "a packed base was passed a row without a layout"
+    if layout is None:
+        raise ModelError("its model does not hand the layout of a packed row on to the attention")
     _calls[0] += 1
     query_TAD, key_SAD, value_SAD = (states[0].transpose(0, 1) for states in (query, key, value))
     if layout.prefixes:

@@ -6,8 +6,10 @@ before the next one is made. Training it through prompts is `base.padded`; ZeRO-
 Shapes:  N ids   H hidden size
 """
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -95,6 +97,16 @@ class Base:
     def eval(self) -> None:
         """Evaluation and generation: no checkpointing, caches allowed."""
         self.model.eval()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Passes without gradients, as `eval` says; after them, also when they are interrupted, `train` holds again."""
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train()
 
 
 def resolve(model: str, revision: str, *, with_weights: bool) -> Path:

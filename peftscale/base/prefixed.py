@@ -73,11 +73,9 @@ def activations(base: Base, ids: Sequence[int]) -> Tensor:
     if base.is_encoder_decoder:
         return _recorded(base, ids)
     cache = DynamicCache()  # without a config: with one, layers with a window would forget what is outside of it
-    base.eval()
-    with torch.no_grad(), attention.original(base.model, base.own_attention):
+    with base.evaluating(), attention.original(base.model, base.own_attention):
         ids_1P = torch.tensor([list(ids)], device=base.device)
         base.model(input_ids=ids_1P, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    base.train()
     layers = [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]
     return torch.stack(layers).transpose(2, 3).float()
 
@@ -87,10 +85,8 @@ def _recorded(base: Base, ids: Sequence[int]) -> Tensor:
     recorder = slots.Recorder(shape_of(base.model.config).parts)
     ids_1P = torch.tensor([list(ids)], device=base.device)
     slots.install(base.model)
-    base.eval()
-    with torch.no_grad(), slots.handed(base.model, recorder):
+    with base.evaluating(), slots.handed(base.model, recorder):
         base.model(input_ids=ids_1P, decoder_input_ids=ids_1P, use_cache=False)
-    base.train()
     return recorder.keys_values_L2PKD.float()
 
 

@@ -7,7 +7,9 @@ from: the best weights so far are on disk.
 Source: Rajbhandari et al. 2020, arXiv:1910.02054.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -44,15 +46,15 @@ class Full:
         if self._owns_group:
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(comm.backend_for(base.device), store=store, rank=0, world_size=1)
-            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it is compiled for a minute
         deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), verbose=False)
         self._optimizer = _optimizer(self._train, self.named)
-        self._engine, *_ = deepspeed.initialize(
-            model=base.model,
-            optimizer=self._optimizer,
-            config=_config(self._train, base.compute_dtype, sum(p.numel() for p in self.named.values())),
-        )
+        with _local_rank():
+            self._engine, *_ = deepspeed.initialize(
+                model=base.model,
+                optimizer=self._optimizer,
+                config=_config(self._train, base.compute_dtype, sum(p.numel() for p in self.named.values())),
+            )
         self.through = self._engine
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
@@ -108,6 +110,18 @@ class Full:
         self._engine.destroy()
         if self._owns_group:
             deepspeed.comm.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _local_rank() -> Iterator[None]:
+    """DeepSpeed reads LOCAL_RANK as it starts. Left behind, accelerate would take the process for one of a group."""
+    is_missing = "LOCAL_RANK" not in os.environ
+    os.environ.setdefault("LOCAL_RANK", "0")
+    try:
+        yield
+    finally:
+        if is_missing:
+            del os.environ["LOCAL_RANK"]
 
 
 def _optimizer(cfg: TrainConfig, named: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:

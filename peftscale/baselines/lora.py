@@ -71,13 +71,11 @@ class Lora:
         if not (is_finite and all(optim.are_finite([grads], squared=True))):
             self._optimizer.clear()
             return None
-        stood = [parameter.detach().clone() for parameter in parameters]
+        stood = self._optimizer.snapshot()
         rate = self._optimizer.update(step)
-        if all(optim.are_finite([parameters])):
+        if all(optim.are_finite([parameters], squared=True)):
             return rate
-        with torch.no_grad():  # the gradient was finite and the step too large
-            for parameter, value in zip(parameters, stood, strict=True):
-                parameter.copy_(value)
+        self._optimizer.go_back(stood)  # the gradient was finite and the step too large
         return None
 
     def keep(self) -> None:

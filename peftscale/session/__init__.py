@@ -20,7 +20,7 @@ from peftscale.data.batches import training_items
 from peftscale.data.pairs import Pair
 from peftscale.data.tasks import Example, TaskData
 from peftscale.data.tokens import Ids, TextEncoder
-from peftscale.errors import ConfigError, DataError, PeftscaleError
+from peftscale.errors import AdapterError, ConfigError, DataError, PeftscaleError
 from peftscale.session.opening import load_base, ranks
 from peftscale.session.settings import ENDLESS, Settings, checked
 from peftscale.train import comm, evaluate, step
@@ -199,6 +199,8 @@ class Session:
     def save(self, directory: str | Path) -> dict[str, Path]:
         """Write each adapter, as it is now, to `directory`/NAME; rank 0 writes. What stands there is replaced.
 
+        Every adapter that can be written is, also where another cannot.
+
         Returns:
             The directory of each adapter, for `peftscale evaluate` and `inspect`, and for PEFT.
 
@@ -208,9 +210,14 @@ class Session:
         places = {name: Path(directory) / name for name in self.cohort}
 
         def write() -> None:
-            if comm.rank() == 0:
-                for name, place in places.items():
+            failures = []
+            for name, place in places.items() if comm.rank() == 0 else ():
+                try:
                     files.save(self.cohort[name], place, card=self._card(name))
+                except AdapterError as error:
+                    failures.append(str(error))
+            if failures:
+                raise AdapterError("\n".join(failures))
 
         comm.together(write)
         return places

@@ -156,14 +156,6 @@ def write_(
     return target
 
 
-def restore(state: State, root: Path, identity: Identity, *, note: Callable[[str], None] = log.warning) -> Path | None:
-    """Bring `state` to the newest checkpoint under `root` that is whole: `newest`, then `take_over_`."""
-    found = newest(root, note=note)
-    if found is not None:
-        take_over_(state, found, identity)
-    return found
-
-
 def newest(root: Path, *, note: Callable[[str], None] = log.warning) -> Path | None:
     """The newest checkpoint under `root` that is whole, or None where there is none to go on from.
 

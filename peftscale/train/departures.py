@@ -22,9 +22,8 @@ def mark_done_(cfg: RunConfig, state: State, training: Sequence[str]) -> None:
         progress = state.progress[name]
         if progress.nonfinite_steps >= limit:
             progress.outcome = "failed"
-            progress.reason = (
-                f"the loss or gradient was not finite in {limit} steps in a row, the last one step {state.step}"
-            )
+            what = "its values, loss or gradient were not finite"
+            progress.reason = f"{what} in {limit} steps in a row, the last one step {state.step}"
         elif progress.steps == cfg.adapter_train(name).steps:
             progress.outcome = "finished"
     if all(progress.outcome == "failed" for progress in state.progress.values()):
@@ -68,8 +67,7 @@ def notes(cfg: RunConfig, state: State, training: Sequence[str]) -> list[str]:
 
 
 def _lower_rate(cfg: RunConfig, name: str) -> str:
-    """What helps against steps that are not finite, at the key where the adapter's rate stands."""
-    own = cfg.adapters[name].train
-    section = "train" if own is None or own.learning_rate is None else f"adapters.{name}.train"
-    rate = cfg.adapter_train(name).learning_rate
-    return f"Lower {section}.learning_rate={rate:g} or set {section}.clip_norm"
+    """What helps against steps that are not finite. The name may come from a product: no key can be made of it."""
+    own, rate = cfg.adapters[name].train, cfg.adapter_train(name).learning_rate
+    whose = "" if own is None or own.learning_rate is None else f" of adapter {name}"
+    return f"Lower train.learning_rate={rate:g}{whose} or set train.clip_norm"

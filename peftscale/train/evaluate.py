@@ -90,12 +90,10 @@ def run_cells(
     if not cells:
         return []
     start, lengths = time.perf_counter(), _lengths(adapters)
-    base.eval()
-    with torch.no_grad():
+    with base.evaluating():
         folded = {name: adapter.folded() for name, adapter in adapters.items()}
         likelihoods = _classify(base, folded, lengths, cells, microbatch_tokens=microbatch_tokens)
         texts = _generate(base, folded, lengths, cells, microbatch_tokens=microbatch_tokens)
-    base.train()
     seconds = time.perf_counter() - start
     results = []
     for number, cell in enumerate(cells):

@@ -14,6 +14,7 @@ multiplied by the rate.
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -43,6 +44,15 @@ def rate_at(cfg: OptimizerConfig, step: int) -> float:
             return cfg.learning_rate * (1 - done)
         case "cosine":
             return cfg.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One adapter and its optimizer at one moment."""
+
+    values: list[Tensor]
+    moments: list[dict[str, Tensor]]
+    num_updates: int
 
 
 class AdapterOptimizer:
@@ -112,6 +122,21 @@ class AdapterOptimizer:
             else:
                 self.moments[int(index)][key] = value.clone()
 
+    def snapshot(self) -> Snapshot:
+        """A copy of the tensors and of their moments as they are."""
+        return Snapshot(
+            [parameter.detach().clone() for parameter in self.parameters],
+            [{name: tensor.clone() for name, tensor in moments.items()} for moments in self.moments],
+            self.num_updates,
+        )
+
+    def go_back(self, to: Snapshot) -> None:
+        """Take over what `snapshot` gave: the updates since then have never been. It is used up."""
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, to.values, strict=True):
+                parameter.copy_(value)
+        self.moments, self.num_updates = to.moments, to.num_updates
+
     def take(self, *names: str) -> None:
         """Count an update, and make the moments of these names where there are none yet."""
         self.num_updates += 1
@@ -150,32 +175,46 @@ def are_finite(groups: Sequence[Sequence[Tensor]], *, squared: bool = False) -> 
 
     Args:
         groups: of float32 tensors.
-        squared: whether the squares are. Asked of gradients, whose squares the moments keep: one that is infinite stays
-            so, and the adapter would stand still for good without a word.
+        squared: whether the sum of the squares of a group is. Asked of gradients, whose squares the moments and the
+            clip norm take, and of adapters, whose squares the base's norms take: what is infinite there gives moves or
+            gradients of exactly zero, and the adapter would stand still for good without a word.
     """
+    if squared:
+        filled = [group for group in groups if group]
+        if not filled:
+            return [True] * len(groups)
+        of_filled = iter(torch.stack(_norms(filled)).square().isfinite().tolist())
+        return [next(of_filled) if group else True for group in groups]
     tensors = [tensor for group in groups for tensor in group]
     if not tensors:
         return [True] * len(groups)
     # The largest magnitude, which NaN and infinity pass through; a sum of squares could overflow by itself.
-    largest = torch.stack(torch._foreach_norm(tensors, float("inf")))
-    is_good = (largest.square() if squared else largest).isfinite().tolist()
+    is_good = torch.stack(torch._foreach_norm(tensors, float("inf"))).isfinite().tolist()
     ends = list(itertools.accumulate(len(group) for group in groups))
     return [all(is_good[end - len(group) : end]) for group, end in zip(groups, ends, strict=True)]
+
+
+def _norms(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The L2 norm of each group over all its tensors, of which it has at least one."""
+    norms = torch._foreach_norm([tensor for group in groups for tensor in group])
+    ends = list(itertools.accumulate(len(group) for group in groups))
+    return [
+        torch.linalg.vector_norm(torch.stack(norms[end - len(group) : end]))
+        for group, end in zip(groups, ends, strict=True)
+    ]
 
 
 def _clip_(optimizers: Sequence[AdapterOptimizer]) -> None:
     """Scale the gradients of each adapter to its largest L2 norm, over all its tensors."""
     if not optimizers:
         return
-    norms = torch._foreach_norm([grad for optimizer in optimizers for grad in _gradients(optimizer)])
-    scales, at = [], 0
-    for optimizer in optimizers:
-        num, most = len(optimizer.parameters), optimizer.cfg.clip_norm
+    groups = [_gradients(optimizer) for optimizer in optimizers]
+    scales: list[Tensor] = []
+    for optimizer, grads, norm in zip(optimizers, groups, _norms(groups), strict=True):
+        most = optimizer.cfg.clip_norm
         assert most is not None
-        norm = torch.linalg.vector_norm(torch.stack(norms[at : at + num]))
-        scales += [(most / (norm + 1e-6)).clamp(max=1.0)] * num
-        at += num
-    torch._foreach_mul_([grad for optimizer in optimizers for grad in _gradients(optimizer)], scales)
+        scales += [(most / (norm + 1e-6)).clamp(max=1.0)] * len(grads)
+    torch._foreach_mul_([grad for grads in groups for grad in grads], scales)
 
 
 def _adamw_(optimizers: Sequence[AdapterOptimizer], rates: Sequence[float]) -> None:

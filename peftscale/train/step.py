@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from peftscale.adapters import Cohort, Folded, Prefix
+from peftscale.adapters import Adapter, Cohort, Folded, Prefix
 from peftscale.adapters.reparam import FoldedPrefix, FoldedPrompt
 from peftscale.base.load import Base
 from peftscale.base.padded import Row
@@ -31,7 +31,8 @@ class StepResult:
     losses: dict[str, float]
     """Nats a target token, by adapter."""
     skipped: tuple[str, ...]
-    """Adapters that were not updated, because their loss or gradient was not finite."""
+    """Adapters that were not updated, because they, their loss, their gradient or what they would have become were not
+    finite."""
     rates: dict[str, float]
     """Learning rate of each adapter that was updated."""
     num_tokens: int
@@ -84,35 +85,42 @@ def run(
     """
     start, before = time.perf_counter(), comm.traffic()
     losses = gradient(base, cohort, items, microbatch_tokens=microbatch_tokens)
-    gradients = [[p.grad for p in adapter.parameters() if p.grad is not None] for adapter in cohort.values()]
-    are_finite = optim.are_finite(gradients, squared=True)
-    # Loss and gradient are the same on every rank after the reductions, and so is this decision.
-    moving = [name for name, good in zip(cohort, are_finite, strict=True) if good and torch.isfinite(losses[name])]
-    skipped = [name for name in cohort if name not in moving]
-    for name in skipped:
-        optimizers[name].clear()
-    stood = {name: [p.detach().clone() for p in cohort[name].parameters()] for name in moving}
-    rates = optim.update_([optimizers[name] for name in moving], step)
-    overflown = [
-        name
-        for name, is_good in zip(
-            moving, optim.are_finite([[*cohort[name].parameters()] for name in moving]), strict=True
-        )
-        if not is_good
-    ]
-    for name in overflown:  # the gradient was finite and the step too large: the values stay where they stood
-        with torch.no_grad():
-            for parameter, value in zip(cohort[name].parameters(), stood[name], strict=True):
-                parameter.copy_(value)
-    skipped += overflown
+    # Values, loss and gradient are the same on every rank after the reductions, and so is every decision.
+    moving = [name for name in usable(cohort, with_gradients=True) if torch.isfinite(losses[name])]
+    for name in cohort:
+        if name not in moving:
+            optimizers[name].clear()
+    stood = {name: optimizers[name].snapshot() for name in moving}
+    rates = dict(zip(moving, optim.update_([optimizers[name] for name in moving], step), strict=True))
+    moved = usable({name: cohort[name] for name in moving})
+    for name in moving:
+        if name not in moved:  # everything was finite and the step too large: it has not been
+            optimizers[name].go_back(stood[name])
     return StepResult(
         losses={name: float(loss) for name, loss in losses.items()},
-        skipped=tuple(skipped),
-        rates=dict(zip(moving, rates, strict=True)),
+        skipped=tuple(name for name in cohort if name not in moved),
+        rates={name: rates[name] for name in moved},
         num_tokens=sum(item.num_tokens - item.prompt_length for item in items),
         seconds=time.perf_counter() - start,
         traffic=comm.traffic().since(before),
     )
+
+
+def usable(adapters: Mapping[str, Adapter], *, with_gradients: bool = False) -> list[str]:
+    """Those whose numbers can be computed with: with rows of 1e30 a norm of the base is 0, the loss finite and every
+    gradient exactly 0.
+
+    Args:
+        adapters: by name.
+        with_gradients: the gradients must be so too.
+    """
+    groups: list[list[Tensor]] = []
+    for adapter in adapters.values():
+        parameters = list(adapter.parameters())
+        groups.append([p.detach() for p in parameters])
+        groups.append([p.grad for p in parameters if with_gradients and p.grad is not None])
+    is_good = optim.are_finite(groups, squared=True)
+    return [name for name, *both in zip(adapters, is_good[::2], is_good[1::2], strict=True) if all(both)]
 
 
 def gradient(base: Base, cohort: Cohort, items: Sequence[Item], *, microbatch_tokens: int) -> dict[str, torch.Tensor]:

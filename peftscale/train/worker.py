@@ -170,7 +170,9 @@ def save(job: Job) -> None:
         checkpoint.save_(job.state, job.cfg.checkpoints_dir, job.identity, keep=job.cfg.train.keep_checkpoints)
         for name, adapter in job.state.cohort.items():
             progress = job.state.progress[name]
-            kept = {"last": (_values(adapter), progress.steps), "best": (job.state.best_rows[name], progress.best_step)}
+            kept = {"last": (_values(adapter), progress.steps)}
+            if name in job.state.best_rows:
+                kept["best"] = (job.state.best_rows[name], progress.best_step)
             for which, (values, at_step) in kept.items():
                 if bool(torch.isfinite(values).all()):  # an adapter that failed is nobody's to load
                     _save_adapter(job, name, which, values, at_step)
@@ -292,11 +294,10 @@ def _evaluate(job: Job, due: Sequence[str]) -> None:
     for name, result in zip(due, results, strict=True):
         metric = job.cfg.deciding_metric(name)
         progress = job.state.progress[name]
-        values = _values(job.state.cohort[name])
         is_better = not progress.best or result.metrics[metric] > progress.best[metric]
-        if is_better and (not progress.best or bool(values.isfinite().all())):  # NaN may guess well
+        if is_better and step.usable({name: job.state.cohort[name]}):  # NaN may guess well
             progress.best, progress.best_step, progress.stale_evaluations = result.metrics, job.state.step, 0
-            job.state.best_rows[name] = values
+            job.state.best_rows[name] = _values(job.state.cohort[name])
         else:
             progress.stale_evaluations += 1
         _record_evaluation(job, name, "validation", result)
@@ -336,7 +337,7 @@ def _finish(job: Job, seconds: float) -> records.RunSummary:
     """Score the best adapters on the reported split and sum the run up."""
     state = job.state
     best = {name: state.cohort[name].with_values(values) for name, values in state.best_rows.items()}
-    splits = {name: reported_split(*job.tasks[name].tasks) for name in state.cohort}
+    splits = {name: reported_split(*job.tasks[name].tasks) for name in best}
     after: dict[str, dict[str, float]] = {}
     results = _evaluated(job, best, [(name, name, split) for name, split in splits.items()])
     for (name, split), result in zip(splits.items(), results, strict=True):
@@ -351,7 +352,7 @@ def _finish(job: Job, seconds: float) -> records.RunSummary:
         is_packed=job.base.is_packed,
         seconds=seconds,
         peak_rank_bytes=max(comm.gather_objects(job.memory.peak_bytes())),
-        adapters={name: _adapter_summary(job, name, after[name]) for name in state.cohort},
+        adapters={name: _adapter_summary(job, name, after.get(name, {})) for name in state.cohort},
     )
     job.journal.write(lambda: job.cfg.summary_path.write_text(ended.model_dump_json(indent=1)))
     return ended
@@ -359,9 +360,10 @@ def _finish(job: Job, seconds: float) -> records.RunSummary:
 
 def _adapter_summary(job: Job, name: str, after: dict[str, float]) -> records.AdapterSummary:
     adapter, progress = job.state.cohort[name], job.state.progress[name]
+    is_kept = name in job.state.best_rows
     return records.AdapterSummary(
-        dir=str(job.cfg.adapters_dir / name / "best"),
-        file_bytes=files.expected_bytes(*peft_format.flat(_values(adapter)).shape),
+        dir=str(job.cfg.adapters_dir / name / "best") if is_kept else "",
+        file_bytes=files.expected_bytes(*peft_format.flat(_values(adapter)).shape) if is_kept else 0,
         trainable_parameters=sum(p.numel() for p in adapter.parameters()),
         train_loss=progress.last_loss or 0.0,
         steps=progress.steps,

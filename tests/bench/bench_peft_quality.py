@@ -93,11 +93,11 @@ def score(cfg: RunConfig, places: list[Path], split: str) -> list[float]:
 def main(
     changes: Annotated[list[str] | None, typer.Argument()] = None,
     *,
-    data: Path,
-    bases: Path,
-    out: Path,
-    base: str = "1m",
-    task: str = "sst2",
+    data: Annotated[Path, typer.Option(help="Data sets, as `real_tasks` reads them.")],
+    bases: Annotated[Path, typer.Option(help="Directories of bases.")],
+    out: Annotated[Path, typer.Option(help="Runs and records.")],
+    base: Annotated[str, typer.Option(help="Name under --bases.")] = "1m",
+    task: Annotated[str, typer.Option(help="Name in `real_tasks.SETTINGS`.")] = "sst2",
 ) -> None:
     """Train both sides and compare."""
     study = Study(data, bases, out, ["base.compute_dtype=float32", *(changes or [])])

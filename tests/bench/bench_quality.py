@@ -2,9 +2,9 @@
 
     python tests/bench/bench_quality.py STUDY --data DIR --bases DIR --out DIR --base 5m --task sst2 [key=value ...]
 
-Studies: `methods` (all of them), `spread` (20 seeds with and without each means against instability), `starts` (lengths
-and initialisations), `transfer` (train on one task, score on others), `ensemble` (five seeds together). --base and
---task may be repeated.
+Studies: `methods` (all of them), `spread` (20 seeds of the recipe and of plain prompt tuning), `means` (these, and
+plain with one means against instability each), `starts` (lengths and initialisations), `transfer` (train on one task,
+score on others), `ensemble` (five seeds together). --base and --task may be repeated.
 
 A run is configs/recipes/default.yaml with another base and task, and what the study varies; what baselines do otherwise
 is said below. Runs are kept in --out and not repeated; one that was cut short is gone on with. key=value changes all of
@@ -165,9 +165,18 @@ def _num_test(cfg: RunConfig) -> int:
 
 
 def spread(study: Study, base: str, task: str) -> None:
+    """20 seeds of the recipe and of plain prompt tuning."""
+    compared = ("plain", "recipe")
+    _spread(study, base, task, "spread", {name: means_settings(study, task)[name] for name in compared})
+
+
+def means(study: Study, base: str, task: str) -> None:
     """20 seeds of the recipe, of plain prompt tuning, and of plain with one means against instability each."""
-    adapters = cohort(20, **spread_settings(study.prompt(task, length=20)))
-    found, seconds = after(study.config("spread", base, task, adapters=adapters))
+    _spread(study, base, task, "means", means_settings(study, task))
+
+
+def _spread(study: Study, base: str, task: str, name: str, settings: dict[str, Section]) -> None:
+    found, seconds = after(study.config(name, base, task, adapters=cohort(20, **settings)))
     scores = dict(by_setting(found))
     for setting, values in scores.items():
         study.row(f"{base} {task}", setting, values, seconds=seconds / len(scores))
@@ -240,15 +249,30 @@ BASELINES: dict[str, tuple[Section, Section]] = {
 SHIFTS = {"sst2": ["imdb"], "movies": ["products"]}
 
 
-def spread_settings(prompt: Section) -> dict[str, Section]:
-    """The recipe, plain prompt tuning, and plain with one means each."""
-    plain = {"kind": "prompt", "length": 20, "init": "random", "train": {"schedule": "constant", "warmup_steps": 0}}
-    return {"plain": plain, "recipe": prompt | {"length": 20}}
+def means_settings(study: Study, task: str) -> dict[str, Section]:
+    """Plain is random rows, a constant rate, and likelihood among the whole vocabulary."""
+    prompt = study.prompt(task, length=20)
+    train = {"schedule": "constant", "warmup_steps": 0, "loss": "vocabulary"}
+    plain = {"kind": "prompt", "length": 20, "init": "random", "train": train}
+    network = {"reparam": "residual", "reparam_hidden_size": 64}
+    return {
+        "plain": plain,
+        "recipe": prompt,
+        "scaled-start": plain | {"init": "scaled"},
+        "labels-start": prompt | {"train": train},
+        "warm-up": plain | {"train": train | {"warmup_steps": study.recipe["train"]["warmup_steps"]}},
+        "linear": plain | {"train": train | {"schedule": "linear"}},
+        "clipping": plain | {"train": train | {"clip_norm": 1.0}},
+        "labels-loss": plain | {"train": train | {"loss": "labels"}},
+        "residual": plain | network,
+        "residual-two-rates": plain | network | {"train": train | {"network_learning_rate": 0.01}},
+    }
 
 
 STUDIES: dict[str, Callable[[Study, str, str], None]] = {
     "methods": methods,
     "spread": spread,
+    "means": means,
     "starts": starts,
     "transfer": transfer,
     "ensemble": ensemble,
@@ -259,11 +283,11 @@ def main(
     name: str,
     changes: Annotated[list[str] | None, typer.Argument()] = None,
     *,
-    data: Path,
-    bases: Path,
-    out: Path,
-    base: list[str],
-    task: list[str],
+    data: Annotated[Path, typer.Option(help="Data sets, as `real_tasks` reads them.")],
+    bases: Annotated[Path, typer.Option(help="Directories of bases.")],
+    out: Annotated[Path, typer.Option(help="Runs and records.")],
+    base: Annotated[list[str], typer.Option(help="Names under --bases.")],
+    task: Annotated[list[str], typer.Option(help="Names in `real_tasks.SETTINGS`.")],
 ) -> None:
     """Run a study on every base and task."""
     study = Study(data, bases, out, changes or [])

@@ -23,6 +23,35 @@ from peftscale.train.optim import AdapterOptimizer
 pytestmark = pytest.mark.ranks
 
 
+def _step_that_is_too_large(cfg: RunConfig) -> dict[str, Any]:
+    """One step at the run's rate, then one at a rate whose values have squares that no float32 holds."""
+    base = load.load(cfg.base, sharding="world", device=torch.device("cpu"))
+    cohort = adapters.build(cfg, base)
+    items = training_items("mood", 5, tasks.load(cfg.task, base.tokenizer, max_tokens=100).train)
+    optimizer = AdapterOptimizer.of(cohort["mood"], cfg.train)
+    first = step.run(base, cohort, {"mood": optimizer}, items, step=0, microbatch_tokens=64)
+    stood = {name: value.clone() for name, value in {**optimizer.state(), "rows": cohort["mood"].rows_PH}.items()}
+    optimizer.cfg = cfg.train.model_copy(update={"learning_rate": 1e30})
+    second = step.run(base, cohort, {"mood": optimizer}, items, step=1, microbatch_tokens=64)
+    stands = {**optimizer.state(), "rows": cohort["mood"].rows_PH}
+    return {
+        "rates": [first.rates, second.rates],
+        "skipped": [first.skipped, second.skipped],
+        "changed": [name for name, value in stands.items() if not torch.equal(value, stood[name])],
+    }
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+def test_a_step_that_is_too_large_has_not_been_not_in_the_moments_and_not_in_the_rates(
+    tmp_path: Path, kind: str
+) -> None:
+    cfg = tiny.run_config(tmp_path, **{"train.optimizer": kind})
+    for result in run_ranks(_step_that_is_too_large, 2, tmp_path / "ranks", cfg):
+        assert result["skipped"] == [(), ("mood",)]
+        assert result["rates"] == [{"mood": 0.01}, {}]
+        assert result["changed"] == []
+
+
 def _step_with_one_bad_rank(cfg: RunConfig, factor: float) -> dict[str, Any]:
     """One rank's gradient is spoiled before the reduction; the next step is healthy."""
     base = load.load(cfg.base, sharding="world", device=torch.device("cpu"))
@@ -49,7 +78,8 @@ def _step_with_one_bad_rank(cfg: RunConfig, factor: float) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("factor", [math.inf, 1e26])  # of a finite gradient with infinite squares moments keep those
+# Of a finite gradient with infinite squares moments keep those; of 1e21 each square is finite and the clip norm is not.
+@pytest.mark.parametrize("factor", [math.inf, 1e26, 1e21])
 def test_a_gradient_that_is_not_finite_on_one_rank_stops_the_update_on_every_rank(
     tmp_path: Path, factor: float
 ) -> None:
@@ -71,18 +101,18 @@ def _train_into_overflow(cfg: RunConfig) -> str:
 
 
 def test_so_many_steps_in_a_row_end_the_run_with_a_clear_error_on_every_rank(tmp_path: Path) -> None:
-    """A rate of 3e38 drives the rows to overflow after the first update."""
+    """A rate of 1e30 drives the rows to overflow after the first update."""
     changes = {
         "train.steps": 30,
         "train.optimizer": "adafactor",
-        "train.learning_rate": 3e38,
+        "train.learning_rate": 1e30,
         "train.max_nonfinite_steps": 3,
     }
     cfg = tiny.run_config(tmp_path, **{**changes, "train.evaluate_every": 30, "train.checkpoint_every": 1})
     messages = run_ranks(_train_into_overflow, 2, tmp_path / "ranks", cfg)
     assert messages[0] == messages[1]
-    assert "adapter mood: the loss or gradient was not finite in 3 steps in a row" in messages[0]
-    assert "Lower train.learning_rate=3e+38" in messages[0]
+    assert "adapter mood: its values, loss or gradient were not finite in 3 steps in a row" in messages[0]
+    assert "Lower train.learning_rate=1e+30" in messages[0]
     rows = [row for row in records.read(cfg.run_dir / "metrics.jsonl") if isinstance(row, StepRecord)]
     assert [row.skipped for row in rows][-3:] == [True, True, True]
     assert not any(row.skipped for row in rows[:-3])

@@ -21,7 +21,7 @@ def test_a_cohort_keeps_its_order_and_counts_exactly_the_trained_bytes() -> None
     second, first = SoftPrompt(torch.zeros(2, 5)), SoftPrompt(torch.zeros(3, 5))
     cohort = Cohort({"z": second, "a": first})
     assert list(cohort) == ["z", "a"] and len(cohort) == 2 and cohort["a"] is first
-    assert list(cohort.named_parameters()) == ["z.rows_PH", "a.rows_PH"]
+    assert list(cohort.named_parameters()) == ["z/rows_PH", "a/rows_PH"]
     assert [id(tensor) for tensor in cohort.parameters()] == [id(second.rows_PH), id(first.rows_PH)]
     assert cohort.num_parameters == (2 + 3) * 5
     assert cohort.num_bytes == (2 + 3) * 5 * 4

@@ -58,6 +58,14 @@ def _move(state: State, step: int) -> None:
     state.step = step + 1
 
 
+def _restore(state: State, root: Path, identity: Identity) -> Path | None:
+    """What a worker does as it starts."""
+    found = checkpoint.newest(root)
+    if found is not None:
+        checkpoint.take_over_(state, found, identity)
+    return found
+
+
 def _rows(state: State) -> list[torch.Tensor]:
     return [adapter.rows_PH.detach().clone() for adapter in state.cohort.values()]
 
@@ -67,7 +75,7 @@ def test_a_restored_state_goes_on_bitwise_as_the_one_that_was_saved(tmp_path: Pa
     first = _state(steps=3, optimizer=optimizer)
     checkpoint.save_(first, tmp_path, IDENTITY, keep=2)
     second = _state(steps=0, optimizer=optimizer)
-    assert checkpoint.restore(second, tmp_path, IDENTITY) == tmp_path / "step-3"
+    assert _restore(second, tmp_path, IDENTITY) == tmp_path / "step-3"
     assert second.progress == first.progress
     for state in (first, second):
         _move(state, 3)
@@ -80,7 +88,7 @@ def test_only_so_many_checkpoints_are_kept_and_the_newest_is_restored(tmp_path: 
         _move(state, step)
         checkpoint.save_(state, tmp_path, IDENTITY, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-11", "step-12"]
-    assert checkpoint.restore(_state(steps=0), tmp_path, IDENTITY) == tmp_path / "step-12"
+    assert _restore(_state(steps=0), tmp_path, IDENTITY) == tmp_path / "step-12"
 
 
 def _cut(path: Path) -> None:
@@ -113,18 +121,18 @@ def test_a_damaged_file_of_the_newest_checkpoint_falls_back_to_the_one_before(
     damage(tmp_path / "step-2" / file)  # type: ignore[operator]
     restored = _state(steps=0)
     with caplog.at_level(logging.WARNING):
-        assert checkpoint.restore(restored, tmp_path, IDENTITY) == tmp_path / "step-1"
+        assert _restore(restored, tmp_path, IDENTITY) == tmp_path / "step-1"
     assert restored.step == 1
     assert "step-2" in caplog.text
     assert "trying the one before it" in caplog.text
 
 
 def test_no_whole_checkpoint_among_several_is_an_error_and_none_at_all_is_a_start(tmp_path: Path) -> None:
-    assert checkpoint.restore(_state(steps=0), tmp_path / "nothing", IDENTITY) is None
+    assert _restore(_state(steps=0), tmp_path / "nothing", IDENTITY) is None
     checkpoint.save_(_state(steps=1), tmp_path, IDENTITY, keep=2)
     _flip(tmp_path / "step-1" / "adapters.safetensors")
     with pytest.raises(CheckpointError, match="none of the 1 checkpoint"):
-        checkpoint.restore(_state(steps=0), tmp_path, IDENTITY)
+        _restore(_state(steps=0), tmp_path, IDENTITY)
 
 
 def test_a_checkpoint_of_another_version_is_refused_by_its_format(tmp_path: Path) -> None:
@@ -133,17 +141,17 @@ def test_a_checkpoint_of_another_version_is_refused_by_its_format(tmp_path: Path
     manifest = tmp_path / "step-1" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": checkpoint.FORMAT - 1}))
     with pytest.raises(CheckpointError, match=r"step-1 has format 2, this version reads 3: another version wrote it"):
-        checkpoint.restore(_state(steps=0), tmp_path, IDENTITY)
+        _restore(_state(steps=0), tmp_path, IDENTITY)
 
 
 def test_a_checkpoint_of_another_base_or_run_file_is_refused_with_what_differs(tmp_path: Path) -> None:
     checkpoint.save_(_state(steps=1), tmp_path, IDENTITY, keep=2)
     other_base = Identity("sha256:bb", "f1", 2, 1, IDENTITY.config)
     with pytest.raises(CheckpointError, match="base sha256:aa, this base is sha256:bb"):
-        checkpoint.restore(_state(steps=0), tmp_path, other_base)
+        _restore(_state(steps=0), tmp_path, other_base)
     other_file = Identity("sha256:aa", "f2", 2, 1, {"train": {"steps": 10}})
     with pytest.raises(CheckpointError, match="train.steps was 9, now 10"):
-        checkpoint.restore(_state(steps=0), tmp_path, other_file)
+        _restore(_state(steps=0), tmp_path, other_file)
 
 
 def test_a_disk_that_is_full_while_saving_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
@@ -175,7 +183,7 @@ except CheckpointError as error:
     assert "cannot be written: File too large" in done.stdout
     assert f"The last good one is {tmp_path / 'step-1'}" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
-    assert checkpoint.restore(_state(steps=0), tmp_path, IDENTITY) == tmp_path / "step-1"
+    assert _restore(_state(steps=0), tmp_path, IDENTITY) == tmp_path / "step-1"
 
 
 def test_a_process_killed_inside_a_save_leaves_the_last_checkpoint_to_be_used(tmp_path: Path) -> None:
@@ -202,7 +210,7 @@ checkpoint.save_(state, root, t.IDENTITY, keep=2)
     assert done.returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 2  # the good one, and what the killed writer left
     restored = _state(steps=0)
-    assert checkpoint.restore(restored, tmp_path, IDENTITY) == tmp_path / "step-1"
+    assert _restore(restored, tmp_path, IDENTITY) == tmp_path / "step-1"
     _move(restored, 1)
     checkpoint.save_(restored, tmp_path, IDENTITY, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2"]

@@ -30,6 +30,7 @@ peft = pytest.importorskip("peft", reason="PEFT is an extra")
 COMMANDS = {
     "train",
     "plan",
+    "render",
     "evaluate",
     "generate",
     "inspect",

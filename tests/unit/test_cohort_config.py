@@ -111,6 +111,12 @@ def test_all_problems_of_adapters_come_in_one_message_with_their_keys(write: Wri
     assert sorted(lines)[6:] == ["adapters.b.task.metrics: needs at least 1, got []"]
 
 
+def test_a_key_of_another_kind_is_no_slip_of_the_pen(write: Write) -> None:
+    prefix = {"kind": "prefix", "length": 3, "init": "random", "decoder_length": 2}
+    (line,) = problems_of(write({"a": prefix}))
+    assert line == "adapters.a.decoder_length: unknown key here: it belongs to another kind"
+
+
 def test_a_warm_up_that_never_ends_is_named_for_every_adapter(write: Write) -> None:
     adapters = {name: {**PROMPT, "train": {"steps": steps}} for name, steps in (("a", 10), ("b", 11), ("c", 4))}
     assert problems_of(write(adapters)) == [

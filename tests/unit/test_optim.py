@@ -142,4 +142,41 @@ def test_a_number_that_is_not_finite_is_found_in_the_adapter_that_has_it() -> No
     assert are_finite([[good, large], [bad[0]], [good, bad[1]], [bad[2], good], [good], []]) == [
         True, False, False, False, True, True
     ]  # fmt: skip
-    assert are_finite([[good], [large], [bad[1]], [good, -large]], squared=True) == [True, False, False, False]
+    groups = [[good], [large], [bad[1]], [good, -large], []]
+    assert are_finite(groups, squared=True) == [True, False, False, False, True]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+def test_a_gradient_whose_clip_norm_would_be_infinite_is_not_taken_for_finite(kind: str) -> None:
+    """Each square is finite and their sum is not: clipped by an infinite norm the adapter would not move at all."""
+    just, over = 1e17, 1.5e19
+    assert are_finite([[torch.full((20, 256), just)], [torch.full((20, 256), over)]], squared=True) == [True, False]
+    assert math.isfinite(torch.tensor(over).square().item())
+    for size, moves in ((just, True), (over, False)):
+        values = nn.Parameter(torch.ones(20, 256))
+        values.grad = torch.full_like(values, size)
+        AdapterOptimizer([values], _config(optimizer=kind, clip_norm=1.0)).update(0)
+        assert torch.equal(values, torch.ones(20, 256)) != moves
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+@pytest.mark.parametrize("num_before", [0, 3])
+def test_an_update_that_is_taken_back_leaves_nothing_in_values_moments_or_count(kind: str, num_before: int) -> None:
+    sides = []
+    for takes_back in (True, False):
+        values = _prompt()
+        optimizer = AdapterOptimizer([values], _config(optimizer=kind))
+        for step in range(6):
+            values.grad = torch.sin(values.detach() * (step + 1) * 50)
+            if takes_back and step == num_before:
+                stood = optimizer.snapshot()
+                optimizer.update(step)
+                optimizer.go_back(stood)
+                assert bool(optimizer.state()) == bool(num_before)
+                values.grad = torch.sin(values.detach() * (step + 1) * 50)
+            optimizer.update(step)
+        sides.append((values, optimizer))
+    (ours, back), (theirs, straight) = sides
+    assert torch.equal(ours, theirs)
+    assert back.num_updates == straight.num_updates == 6
+    assert all(torch.equal(value, straight.state()[name]) for name, value in back.state().items())

@@ -211,6 +211,21 @@ def test_one_that_is_not_finite_is_named_and_stays(base: Base, tmp_path: Path) -
     assert result.skipped == ("mood",) and set(result.rates) == {"tone"}
     with pytest.raises(AdapterError, match="mood is not saved: its rows hold values that are not finite"):
         session.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tone"]  # behind it, and written all the same
+
+
+def test_a_session_whose_evaluation_is_interrupted_trains_on_as_before(base: Base) -> None:
+    session = _session(base, mood=PROMPT)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = base.model.get_input_embeddings().register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        session.choose("mood", ["a fine film"], [" good", " bad"])
+    hook.remove()
+    assert base.model.training and torch.is_grad_enabled()
+    assert session.step({"mood": PAIRS}).skipped == ()
 
 
 def _train(**changes: object) -> SoftPromptConfig:
