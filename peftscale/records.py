@@ -131,6 +131,8 @@ class Predicted(Row):
     gathered_bytes_per_step: int
     control_bytes_per_step: int
     peak_rank_bytes: int
+    step_s: float | None = None
+    """None where the rates of the device are not known."""
 
 
 class AdapterSummary(Row):
@@ -168,6 +170,8 @@ class RunSummary(Row):
     gathered_bytes_per_step: int
     control_bytes_per_step: int
     peak_rank_bytes: int
+    step_s: float | None = None
+    """Median over the training steps; None without one, and in summaries that were written without it."""
     predicted: Predicted
     adapters: dict[str, AdapterSummary]
 

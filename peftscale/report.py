@@ -14,6 +14,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from peftscale.plan import pace
 from peftscale.records import RunSummary
 
 _NUM_WORDS = 12
@@ -56,6 +57,10 @@ def summary_table(summary: RunSummary) -> Table:
             table.add_row(f"{name}: directory", adapter.dir, "")
     for key in ("reduced_bytes_per_step", "gathered_bytes_per_step", "control_bytes_per_step", "peak_rank_bytes"):
         table.add_row(key.replace("_", " "), f"{getattr(summary, key):,}", f"{getattr(summary.predicted, key):,}")
+    if summary.step_s is not None:
+        step_s = summary.predicted.step_s
+        table.add_row("seconds per step", f"{summary.step_s:.3g}", "" if step_s is None else f"{step_s:.3g}")
+        table.caption = None if step_s is None else f"seconds are predicted at {pace.ASSUMED}"
     table.add_row("seconds", f"{summary.seconds:.1f}", "")
     table.add_row("tokens per second", f"{summary.tokens_per_s:,.0f}", "")
     return table
