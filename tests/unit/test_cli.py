@@ -41,11 +41,12 @@ COMMANDS = {
     "pack",
     "tasks",
     "schema",
+    "status",
+    "logs",
     "doctor",
 }
-FIGURES = {"reduced_bytes_per_step", "gathered_bytes_per_step", "control_bytes_per_step", "peak_rank_bytes"}
+FIGURES = {"reduced_bytes_per_step", "gathered_bytes_per_step", "control_bytes_per_step", "peak_rank_bytes", "step_s"}
 SUMMARY = FIGURES | {
-    "step_s",
     "name",
     "world_size",
     "sharding",
