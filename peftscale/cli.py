@@ -7,15 +7,19 @@ Nothing heavy is imported before a command runs: `peftscale --help` answers at o
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from peftscale import __version__
-from peftscale.errors import ConfigError, PeftscaleError, TrainingError
+from peftscale.errors import CheckpointError, ConfigError, PeftscaleError, TrainingError
+
+if TYPE_CHECKING:
+    from peftscale.config import RunConfig
 
 app = typer.Typer(
     add_completion=True,
@@ -87,27 +91,39 @@ def plan(
     hardware: Annotated[
         list[str] | None, typer.Option(help="For example 8xH100-80GB; repeatable. Left out: this machine.")
     ] = None,
+    network_gbit_per_s: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Into a node, over all of its ports. Left out: of the vendor's own system."),
+    ] = None,
+    price_per_gpu_hour: Annotated[float | None, typer.Option(min=0, help="In any currency.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compute bytes per rank and per step, from the base's config alone. Exit code 2 where it does not fit."""
+    """Compute bytes and seconds per step, hours and price, from the base's config alone. Exit code 2 where it does not
+    fit."""
     from peftscale import configio, facts, report
     from peftscale import plan as planning
 
     cfg = configio.load(run_file, overrides or [])
-    if cfg.method != "adapters":
-        raise ConfigError(f"method: runs of adapters are planned, got {cfg.method!r}, which is checked when it starts")
     machines = [planning.Hardware.parse(name) for name in hardware or []] or [planning.detect()]
-    base_facts = facts.load(_config_dir(cfg.base.model, cfg.base.revision))
-    plans = [
-        planning.make(cfg, base_facts, machine, world=None if hardware else max(1, cfg.cluster.workers))
-        for machine in machines
-    ]
+    if network_gbit_per_s is not None:
+        machines = [replace(machine, network_gbytes_per_s=network_gbit_per_s / 8) for machine in machines]
+    plans = planning.compare(
+        cfg,
+        facts.load(_config_dir(cfg.base.model, cfg.base.revision)),
+        machines,
+        world=None if hardware else max(1, cfg.cluster.workers),
+        price_per_gpu_hour=price_per_gpu_hour,
+        lora_targets=_lora_targets,
+    )
     if as_json:
         report.show_json({"plans": [item.model_dump(mode="json") for item in plans]})
     else:
         report.show(planning.table(plans))
+        for line in (line for item in plans for line in item.lines()):
+            report.note(line)
     if not all(item.fits for item in plans):
-        raise ConfigError("\n".join(problem for item in plans for problem in item.problems))
+        where = {item.hardware: f"{item.hardware}: " if len(plans) > 1 else "" for item in plans}
+        raise ConfigError("\n".join(where[item.hardware] + problem for item in plans for problem in item.problems))
 
 
 @app.command()
@@ -364,6 +380,48 @@ def tasks(
 
 
 @app.command()
+def status(
+    where: Annotated[Path, typer.Argument(help="A run file, a run's directory, or a storage of runs.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say how runs stand, from their files: it works while they run, wherever that is."""
+    from peftscale import report
+    from peftscale import status as runs
+
+    found, unread = [], []
+    for directory in runs.find(where):
+        try:
+            found.append(runs.of(directory).model_dump(mode="json"))
+        except PeftscaleError as error:
+            unread.append(f"{directory}: {error}")
+    if not found:
+        raise CheckpointError("\n".join(unread))
+    for line in unread:
+        report.note(line)
+    if as_json:
+        report.show_json({"runs": found})
+    else:
+        report.show(report.status_table(found))
+
+
+@app.command()
+def logs(
+    where: Annotated[Path, typer.Argument(help="A run file or a run's directory.")],
+    rank: Annotated[list[int] | None, typer.Option(help="Of this rank; repeatable. Left out: of all.")] = None,
+    level: Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="And what is above it.")] = "info",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends or Ctrl-C.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print what the ranks of a run logged, in the order of time; --json: a JSON object a line."""
+    from peftscale import logs as files
+    from peftscale import status as runs
+
+    directory = runs.one(where)
+    for line in files.follow(directory / "logs", rank or [], level, until=runs.ending(directory) if follow else None):
+        print(line.model_dump_json() if as_json else line.text(), flush=True)
+
+
+@app.command()
 def schema(as_json: AsJson = False) -> None:
     """Print the JSON schema of run files, for editors. It is one JSON object with and without --json."""
     from peftscale import configio, report
@@ -421,6 +479,13 @@ def _run() -> int:
 def _refuse_other_split(split: str) -> None:
     if split not in ("train", "validation", "test"):
         raise ConfigError(f"--split: must be train, validation or test, got {split!r}")
+
+
+def _lora_targets(cfg: "RunConfig", model_type: str) -> Sequence[str]:
+    """The linears that LoRA takes where the run file names none: PEFT knows, which takes seconds to import."""
+    from peftscale.baselines import lora
+
+    return lora.targets(cfg, model_type)
 
 
 def _config_dir(model: str, revision: str) -> Path:

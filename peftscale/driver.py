@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftscale import catalogue, configio, errors, machine, progress, records
+from peftscale import catalogue, configio, errors, gauges, logs, machine, plan, progress, records
 from peftscale.config import RunConfig, TaskConfig
 from peftscale.errors import AdapterError, CheckpointError, ClusterError, ConfigError, PeftscaleError, TrainingError
-from peftscale.records import RunSummary
+from peftscale.records import Record, RunSummary, StepRecord
 
 _OBJECT_STORE_BYTES = 80 * 1024**2  # Ray's least; nothing of ours goes through it
 _NOT_RESUMED = {
@@ -219,6 +219,7 @@ def input_rows(cfg: RunConfig, texts: Sequence[str], rows: Sequence[str]) -> lis
 
 def _work(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[str, Any]:
     """Run one of `_TASKS` here or on Ray."""
+    plan.refuse_what_is_only_planned(cfg.base)
     if cfg.cluster.workers == 0:
         return _TASKS[task](cfg, payload)
     _check_resources(cfg)
@@ -229,14 +230,25 @@ def _train(cfg: RunConfig, payload: dict[str, Any]) -> dict[str, Any]:
     from peftscale import baselines
     from peftscale.train import worker
 
+    uses_ray, rank = cfg.cluster.workers > 0, int(os.environ.get("RANK", "0"))
+
     def report(step: int) -> None:
-        if cfg.cluster.workers > 0:
+        if uses_ray:
             import ray.train
 
             ray.train.report({"step": step})
 
     main = worker.main if cfg.method == "adapters" else baselines.main
-    return main(cfg, report).model_dump(mode="json")
+    with logs.kept(cfg.logs_dir, rank) as book:
+        live = gauges.Gauges(cfg.name, rank) if uses_ray else None
+
+        def watch(row: Record) -> None:
+            if isinstance(row, StepRecord):
+                book.step = row.step
+            if live is not None:
+                live.show(row)
+
+        return main(cfg, report, watch).model_dump(mode="json")
 
 
 def _scores(cfg: RunConfig, payload: dict[str, Any]) -> dict[str, Any]:
@@ -357,7 +369,7 @@ def _run_with_ray(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[st
             ),
             torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         )
-        return _result(_fit(trainer))
+        return _result(_fit(cfg, trainer))
     finally:
         if started_here:
             ray.shutdown()
@@ -365,7 +377,7 @@ def _run_with_ray(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[st
         _remove_empty([own.parent])
 
 
-def _fit(trainer: Any) -> dict[str, Any]:
+def _fit(cfg: RunConfig, trainer: Any) -> dict[str, Any]:
     from ray.train import TrainingFailedError
 
     try:
@@ -376,7 +388,9 @@ def _fit(trainer: Any) -> dict[str, Any]:
     except TrainingFailedError as error:
         failures = getattr(error, "worker_failures", {})
         causes = [f"rank {rank}: {_last_line(cause)}" for rank, cause in sorted(failures.items())]
-        raise TrainingError("the workers failed; " + ("; ".join(causes) or _last_line(error))) from error
+        first = logs.first_error(cfg.logs_dir)
+        said = "" if first is None else f" First: {first.words()} (traceback: peftscale logs {cfg.run_dir})."
+        raise TrainingError(f"the workers failed.{said} Ray: {'; '.join(causes) or _last_line(error)}") from error
 
 
 def _last_line(error: BaseException) -> str:

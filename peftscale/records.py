@@ -53,6 +53,8 @@ class StepRecord(Row):
     """The loss or a gradient of an adapter was not finite, and that adapter was not changed."""
     skipped_adapters: tuple[str, ...] = ()
     """Which ones."""
+    peak_rank_bytes: int = 0
+    """Highest memory so far, of the rank that made the row; rank 0's are kept."""
 
 
 class EvaluationRecord(Row):
@@ -129,6 +131,8 @@ class Predicted(Row):
     gathered_bytes_per_step: int
     control_bytes_per_step: int
     peak_rank_bytes: int
+    step_s: float | None = None
+    """None where the rates of the device are not known."""
 
 
 class AdapterSummary(Row):
@@ -166,6 +170,8 @@ class RunSummary(Row):
     gathered_bytes_per_step: int
     control_bytes_per_step: int
     peak_rank_bytes: int
+    step_s: float | None = None
+    """Median over the training steps; None without one, and in summaries that were written without it."""
     predicted: Predicted
     adapters: dict[str, AdapterSummary]
 

@@ -7,12 +7,14 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from peftscale.plan import pace
 from peftscale.records import RunSummary
 
 _NUM_WORDS = 12
@@ -55,6 +57,10 @@ def summary_table(summary: RunSummary) -> Table:
             table.add_row(f"{name}: directory", adapter.dir, "")
     for key in ("reduced_bytes_per_step", "gathered_bytes_per_step", "control_bytes_per_step", "peak_rank_bytes"):
         table.add_row(key.replace("_", " "), f"{getattr(summary, key):,}", f"{getattr(summary.predicted, key):,}")
+    if summary.step_s is not None:
+        step_s = summary.predicted.step_s
+        table.add_row("seconds per step", f"{summary.step_s:.3g}", "" if step_s is None else f"{step_s:.3g}")
+        table.caption = None if step_s is None else f"seconds are predicted at {pace.ASSUMED}"
     table.add_row("seconds", f"{summary.seconds:.1f}", "")
     table.add_row("tokens per second", f"{summary.tokens_per_s:,.0f}", "")
     return table
@@ -195,6 +201,31 @@ def facts_table(title: str, values: Mapping[str, Any]) -> Table:
     table.add_column(overflow="fold")
     for key, value in values.items():
         table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    return table
+
+
+def status_table(runs: Sequence[Mapping[str, Any]]) -> Table:
+    """A row a run."""
+    table = Table()
+    for column in ("run", "state", "step", "loss", "score, best", "tokens/s", "left", "last sign", "checkpoint"):
+        table.add_column(column, overflow="fold")
+    for run in runs:
+        losses = [loss for loss in run["losses"].values() if isinstance(loss, float)]
+        loss = "" if not losses else f"{min(losses):.4f}"
+        scores = [next(iter(metrics.values())) for metrics in run["scores"].values() if metrics]
+        table.add_row(
+            run["name"],
+            run["state"],
+            f"{run['step']}/{run['num_steps']}",
+            loss if len(losses) < 2 else f"{loss}..{max(losses):.4f}",
+            f"{max(scores):.4f}" if scores else "",
+            "" if run["tokens_per_s"] is None else f"{run['tokens_per_s']:,.0f}",
+            "" if run["seconds_left"] is None else str(timedelta(seconds=round(run["seconds_left"]))),
+            f"{timedelta(seconds=round(run['silent_seconds']))} ago",
+            run["checkpoint"] or "",
+        )
+        if run["error"]:
+            table.add_row("", Text(run["error"], style="bold"))
     return table
 
 

@@ -227,15 +227,13 @@ def weights_differ(base: Base) -> str | None:
     prompt_PH = torch.rand(_PROMPT, base.hidden_size, generator=draw).sub(0.5).mul(0.1).to(base.device)
     ids = [torch.randint(0, base.vocab_size, (length,), generator=draw).tolist() for length in _TEXTS[:2]]
     rows = [Row(prompt_PH, text, 1) for text in ids]
-    base.eval()
-    with torch.no_grad():
+    with base.evaluating():
         alone = torch.cat([padded.target_logits(base, [row]) for row in rows])
         together = padded.target_logits(base, rows)
         name = base.model.config._attn_implementation
         attention.install(base.model)
         got = packed.target_logits(base, rows)
         base.model.config._attn_implementation = name
-    base.train()
     # Three times what batching alone does; but where the padded pass happens to sum alike in both batches, that is next
     # to nothing, and every other order of sums differs by the dtype's rounding.
     batching = float((together - alone).norm())

@@ -44,12 +44,10 @@ def flex_differs(base: Base) -> str | None:
         prefix_L2PKD = torch.randn(layers, 2, _PREFIX, heads, size, generator=draw).to(base.device)
         rows += [Row(None, ids[0], 1, prefix_L2PKD), Row(None, ids[2], 1, prefix_L2PKD)]
     reasons: list[str] = []
-    base.eval()
-    with torch.no_grad(), attention.original(base.model, _BOTH):
+    with base.evaluating(), attention.original(base.model, _BOTH):
         embedding = base.model.get_input_embeddings()
         embeds_1TH, at_M, arguments = packed.join(rows, embedding, base.compute_dtype, base.device)
         logits_at(base.model, embeds_1TH, at_M, **arguments, reasons=reasons)
-    base.train()
     return reasons[0] if reasons else None
 
 

@@ -175,7 +175,7 @@ def sharder(device: torch.device) -> ModuleType:
 def load(
     cfg: BaseConfig,
     *,
-    sharding: Literal["replicated", "world"],
+    sharding: Literal["replicated", "node", "world"],
     device: torch.device,
     prefetch_elements: int = 0,
     opened: "Opened | None" = None,
@@ -184,7 +184,7 @@ def load(
 
     Args:
         cfg: the run file's section.
-        sharding: what the plan decided.
+        sharding: what the plan decided. 'node' is planned alone so far.
         device: of this rank.
         prefetch_elements: of the plan; storage elements that may be gathered ahead of use.
         opened: what `open_` gave, where the caller wants its errors first.
@@ -192,6 +192,7 @@ def load(
     Raises:
         ModelError: the model cannot be read, packed or sharded; the message names the key and the tensor.
     """
+    assert sharding != "node", "plan.refuse_what_is_only_planned was not asked"
     opened = opened or open_(cfg)
     skeleton = opened.skeleton
     is_sharded = sharding == "world"

@@ -10,9 +10,10 @@ from peftscale.baselines import few_shot, training
 from peftscale.config import RunConfig
 from peftscale.records import RunSummary
 from peftscale.train import comm, memory, setup
+from peftscale.train.journal import Watch, nobody
 
 
-def main(cfg: RunConfig, report: Callable[[int], None] = lambda step: None) -> RunSummary:
+def main(cfg: RunConfig, report: Callable[[int], None] = lambda step: None, watch: Watch = nobody) -> RunSummary:
     """Do what `method` of the run file says, in this process or as one of many. The same summary on every rank."""
     device = setup.pick_device(cfg)
     with (
@@ -20,5 +21,5 @@ def main(cfg: RunConfig, report: Callable[[int], None] = lambda step: None) -> R
         memory.measured(device) as peak,
     ):
         if cfg.method == "few_shot":
-            return few_shot.run(cfg, device, peak)
-        return training.run(cfg, device, peak, report)
+            return few_shot.run(cfg, device, peak, watch)
+        return training.run(cfg, device, peak, report, watch)

@@ -27,9 +27,9 @@ from peftscale.data.template import Template
 from peftscale.data.tokens import Ids, TextEncoder
 from peftscale.errors import ConfigError, DataError
 from peftscale.records import AdapterSummary, EvaluationRecord, RunSummary
-from peftscale.train import comm, evaluate, memory, setup, summary, worker
+from peftscale.train import comm, evaluate, memory, setup, summary, worker, workload
 from peftscale.train.evaluate import BASE_ALONE, Cell, Evaluation
-from peftscale.train.journal import Journal
+from peftscale.train.journal import Journal, Watch
 
 CONTENT_FREE = ("N/A", "[MASK]", "")
 _NAME = "few_shot"
@@ -68,7 +68,7 @@ class Demonstrations:
         return Cell(_NAME, task, behind, metrics)
 
 
-def run(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory) -> RunSummary:
+def run(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, watch: Watch) -> RunSummary:
     """Score the base with and without demonstrations. The same summary on every rank.
 
     Raises:
@@ -81,7 +81,7 @@ def run(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory) -> RunSum
     task = comm.together(lambda: baseline_task.load(cfg))
     peak.restart()  # data and its libraries are not the base's
     base = setup.load_base(cfg.base, placed, device)
-    chosen, journal = setup.choose_packing(cfg, base), Journal(cfg)
+    chosen, journal = setup.choose_packing(cfg, base), Journal(cfg, watch)
     shown = demonstrations(cfg, task, base)
     split = worker.reported_split(task)
     examples, metrics = task.split(split), cfg.task.metrics
@@ -90,16 +90,20 @@ def run(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory) -> RunSum
         free = content_free(cfg, base)
         cells.append(shown.cell(cfg, base, free, free.test, ()))
     adapters = {_NAME: SoftPrompt(base.embedding_rows(torch.tensor(shown.ids)))} if shown.ids else {}
-    before, *found = evaluate.run_cells(base, adapters, cells, microbatch_tokens=cfg.train.microbatch_tokens)
+    most = cfg.train.microbatch_tokens
+    before, *found = evaluate.run_cells(base, adapters, cells, microbatch_tokens=most)
     after = finished(cfg.few_shot, cells[1], *found)
     texts = (chosen, f"{len(shown.rows)} demonstrations, {len(shown.ids)} tokens, rows {list(shown.rows)} of train")
     for text in filter(None, texts):
         journal.note(0, text)
     for title, scores in ((f"{split} without prompt", before.metrics), (split, after)):
         journal.record(EvaluationRecord(step=0, adapter=_NAME, split=title, metrics=scores, seconds=before.seconds))
+    sizes = evaluate.pass_sizes(base, adapters, cells, microbatch_tokens=most)
+    world = comm.world_size()
+    work = workload.counted((), [sizes], world=world, microbatch_tokens=most, is_packed=base.is_packed)
     ended = summary.make(
         (),
-        budget.of_evaluation(cfg, placed, world=comm.world_size()),
+        budget.of_evaluation(cfg, device, placed, world=world, work=work),
         name=cfg.name,
         is_packed=base.is_packed,
         seconds=time.perf_counter() - start,

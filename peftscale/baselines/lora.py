@@ -116,6 +116,23 @@ class Lora:
                 parameter.copy_(values[name])
 
 
+def targets(cfg: RunConfig, model_type: str) -> tuple[str, ...]:
+    """Last names of the linears that LoRA takes in a base of this family.
+
+    Raises:
+        ConfigError: none are named and PEFT knows none for the family, or is not installed.
+    """
+    assert cfg.lora is not None  # checked with the run file
+    if cfg.lora.target_modules:
+        return cfg.lora.target_modules
+    library()
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
+
+    if model_type not in known:
+        raise ConfigError(f"lora.target_modules: PEFT knows none for {model_type!r}. Name them, or [all-linear].")
+    return tuple(known[model_type])
+
+
 def library() -> ModuleType:
     """PEFT.
 

@@ -5,7 +5,6 @@ plan, the records and the evaluation are those of adapters; their own loop is `t
 path through this file.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -29,10 +28,11 @@ from peftscale.data.batches import Cursor, Item, plan_passes, training_items
 from peftscale.data.rows import Split
 from peftscale.data.tasks import TaskData
 from peftscale.errors import TrainingError
+from peftscale.plan import Plan, Work
 from peftscale.records import AdapterSummary, EvaluationRecord, RunSummary, StepRecord
-from peftscale.train import checkpoint, comm, evaluate, memory, optim, step, summary, worker
+from peftscale.train import checkpoint, comm, evaluate, memory, optim, step, summary, worker, workload
 from peftscale.train.checkpoint import AdapterProgress, Identity
-from peftscale.train.journal import Journal
+from peftscale.train.journal import Journal, Watch
 
 
 class Learner(Protocol):
@@ -68,6 +68,7 @@ class Job:
     identity: Identity
     progress: AdapterProgress
     report: Callable[[int], None]
+    memory: memory.PeakMemory
     num_skipped: int = 0
     seconds: float = 0.0
 
@@ -76,7 +77,9 @@ class Job:
         return self.learner.base
 
 
-def run(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, report: Callable[[int], None]) -> RunSummary:
+def run(
+    cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, report: Callable[[int], None], watch: Watch
+) -> RunSummary:
     """Train the run file's baseline from its start, or from its last checkpoint. The same summary on every rank.
 
     Raises:
@@ -89,7 +92,7 @@ def run(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, report: C
     comm.together(lambda: budget.of_training(cfg, device, world=comm.world_size()))
     peak.restart()  # data and its libraries are not the base's
     base = comm.together(lambda: model.load(cfg.base, device))
-    journal = Journal(cfg)
+    journal = Journal(cfg, watch)
     learner: Learner = (lora.Lora if cfg.method == "lora" else Full)(base, cfg, journal)
     with closing(learner):
         identity = Identity(
@@ -100,28 +103,33 @@ def run(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, report: C
             configio.dump(cfg),
         )
         progress = AdapterProgress(Cursor(cfg.seed))
-        job = Job(cfg, cfg.baseline_train, learner, task, journal, identity, progress, report)
+        job = Job(cfg, cfg.baseline_train, learner, task, journal, identity, progress, report, peak)
         planned = comm.together(
             lambda: budget.of_training(
                 cfg,
                 device,
                 world=comm.world_size(),
                 num_trained=sum(p.numel() for p in learner.named.values()),
-                num_tensors=len(learner.named),
-                passes=_typical_passes(job),
+                work=_work(job),
             )
         )
-        return _train(job, planned, peak)
+        return _train(job, planned)
 
 
-def _typical_passes(job: Job) -> int:
-    """Passes a step, the median of the first steps: for the prediction."""
-    cursor, counts = job.progress.cursor, []
-    for _ in range(min(job.train.steps, 20)):
+def _work(job: Job) -> Work:
+    """What the first steps and the evaluations compute: for the prediction."""
+    most, steps, cursor = job.train.microbatch_tokens, [], job.progress.cursor
+    for _ in range(min(job.train.steps, workload.COUNTED_STEPS)):
         items, cursor = _take(job, cursor)
-        ranks = plan_passes(items, world=comm.world_size(), microbatch_tokens=job.train.microbatch_tokens)
-        counts.append(len(ranks[0]))
-    return statistics.median_low(counts)
+        steps.append(items)
+    cells = [[_cell(job, split)] for split in {worker.reported_split(job.task), "validation"}]
+    return workload.counted(
+        steps,
+        [evaluate.pass_sizes(job.base, {}, of_one, microbatch_tokens=most) for of_one in cells],
+        world=comm.world_size(),
+        microbatch_tokens=most,
+        is_packed=False,
+    )
 
 
 def _take(job: Job, cursor: Cursor) -> tuple[list[Item], Cursor]:
@@ -130,7 +138,7 @@ def _take(job: Job, cursor: Cursor) -> tuple[list[Item], Cursor]:
     return training_items(job.cfg.method, 0, [job.task.train[i] for i in at], loss=job.train.loss), cursor
 
 
-def _train(job: Job, planned: budget.Budget, peak: memory.PeakMemory) -> RunSummary:
+def _train(job: Job, planned: Plan) -> RunSummary:
     cfg, split, start = job.cfg, worker.reported_split(job.task), time.perf_counter()
     ended = cfg.summary_path
     stands = comm.gather_objects(ended.read_text() if comm.rank() == 0 and ended.exists() else None)
@@ -159,7 +167,7 @@ def _train(job: Job, planned: budget.Budget, peak: memory.PeakMemory) -> RunSumm
             _save(job)
     job.learner.restore()
     after = _evaluated(job, split, split)
-    return _finish(job, planned, peak, after, time.perf_counter() - start)
+    return _finish(job, planned, after, time.perf_counter() - start)
 
 
 def _step(job: Job) -> None:
@@ -190,6 +198,7 @@ def _step(job: Job) -> None:
             checks_bytes=traffic.checks,
             skipped=rate is None,
             skipped_adapters=(cfg.method,) if rate is None else (),
+            peak_rank_bytes=job.memory.peak_bytes(),
         )
     )
 
@@ -214,14 +223,16 @@ def gradient(learner: Learner, items: Sequence[Item], *, microbatch_tokens: int)
 
 def _evaluated(job: Job, split: Split, title: str) -> dict[str, float]:
     """Score the model as it stands on a split, and write it down."""
-    cfg, task = job.cfg, job.task
-    cell = evaluate.Cell(evaluate.BASE_ALONE, task, task.split(split), cfg.task.metrics)
-    (result,) = evaluate.run_cells(job.base, {}, [cell], microbatch_tokens=job.train.microbatch_tokens)
+    (result,) = evaluate.run_cells(job.base, {}, [_cell(job, split)], microbatch_tokens=job.train.microbatch_tokens)
     row = EvaluationRecord(
-        step=job.progress.steps, adapter=cfg.method, split=title, metrics=result.metrics, seconds=result.seconds
+        step=job.progress.steps, adapter=job.cfg.method, split=title, metrics=result.metrics, seconds=result.seconds
     )
     job.journal.record(row)
     return result.metrics
+
+
+def _cell(job: Job, split: Split) -> evaluate.Cell:
+    return evaluate.Cell(evaluate.BASE_ALONE, job.task, job.task.split(split), job.cfg.task.metrics)
 
 
 def _evaluate(job: Job) -> None:
@@ -286,15 +297,13 @@ def _note_start(job: Job) -> None:
         job.journal.note(0, text)
     if job.task.num_cut:
         job.journal.note(0, f"{job.task.num_cut} inputs were cut to task.max_text_tokens")
-    if job.cfg.base.sharding == "world" and comm.world_size() > 1:
+    if job.cfg.base.sharding not in ("auto", "replicated") and comm.world_size() > 1:
         job.journal.note(
             0, f"method={job.cfg.method} holds the base whole on every rank: base.sharding is for adapters"
         )
 
 
-def _finish(
-    job: Job, planned: budget.Budget, peak: memory.PeakMemory, after: dict[str, float], seconds: float
-) -> RunSummary:
+def _finish(job: Job, planned: Plan, after: dict[str, float], seconds: float) -> RunSummary:
     cfg, progress, folder = job.cfg, job.progress, job.learner.directory
     # Every rank takes rank 0's: the file is its own, and it holds the steps before a restart too.
     rows = comm.gather_objects(summary.steps_of(cfg.metrics_path) if comm.rank() == 0 else None)[0]
@@ -314,7 +323,7 @@ def _finish(
         name=cfg.name,
         is_packed=False,
         seconds=seconds,
-        peak_rank_bytes=max(comm.gather_objects(peak.peak_bytes())),
+        peak_rank_bytes=max(comm.gather_objects(job.memory.peak_bytes())),
         adapters={cfg.method: result},
     )
     job.journal.write(lambda: cfg.summary_path.write_text(ended.model_dump_json(indent=1)))

@@ -2,7 +2,8 @@
 
 What fits is `plan`; what the machine's kernel says is `machine`.
 
-Source: data sheets of the devices (dense bfloat16 peak, link bandwidth in one direction).
+Source: data sheets of the devices (dense bfloat16 peak, link bandwidth in one direction) and of the vendors' own
+systems of eight (DGX H100 and H200: eight ports of 400 Gbit/s, DGX A100: eight of 200, DGX-1: four of 100).
 """
 
 import math
@@ -31,6 +32,8 @@ class Hardware:
     """Dense bfloat16; 0 where it is not known."""
     link_gbytes_per_s: float = 0.0
     """Between devices of a node, one direction; 0 where it is not known."""
+    network_gbytes_per_s: float = 0.0
+    """Into a node over all of its ports together; 0 where it is not known. Clusters differ more than devices do."""
     devices_per_node: int = 8
     num_cores: int | None = None
     is_all: bool = True
@@ -46,12 +49,12 @@ class Hardware:
         match = re.fullmatch(r"(?:(\d+)x)?(.+)", text.strip(), re.IGNORECASE)
         count, device = (int(match[1] or 1), match[2]) if match else (0, text)
         if cpu := re.fullmatch(r"cpu-(\d+)GB", device, re.IGNORECASE):
-            memory, rates = int(cpu[1]), (0.0, 0.0)
+            memory, rates = int(cpu[1]), (0.0, 0.0, 0.0)
             name, kind = f"cpu-{memory}GB", "cpu"
         else:
             name = next((known for known in _CATALOGUE if known.lower() == device.lower()), "")
-            memory, *speeds = _CATALOGUE.get(name, (0, 0.0, 0.0))
-            rates, kind = (speeds[0], speeds[1]), "cuda"
+            memory, *speeds = _CATALOGUE.get(name, (0, 0.0, 0.0, 0.0))
+            rates, kind = (speeds[0], speeds[1], speeds[2]), "cuda"
         if count < 1 or memory < 1:
             raise ConfigError(
                 f"--hardware: cannot plan for {text!r}; expected <count>x<device> with one of {', '.join(_CATALOGUE)}, "
@@ -64,22 +67,26 @@ class Hardware:
         """As `parse` reads it."""
         return f"{self.num_devices}x{self.name}" if self.num_devices > 1 else self.name
 
+    def ranks_per_node(self, world: int) -> int:
+        """Of `world` ranks those that share a node; a machine without GPUs is one."""
+        return min(world, self.devices_per_node) if self.kind == "cuda" else math.ceil(world / self.num_devices)
+
     def rank_bytes(self, world: int) -> int:
         """Memory that one of `world` ranks may fill."""
         if self.kind == "cuda":
             return self.memory_bytes - _RESERVED_BYTES["cuda"]
-        ranks_here = math.ceil(world / self.num_devices)
-        return self.memory_bytes // ranks_here - _RESERVED_BYTES["cpu"]
+        return self.memory_bytes // self.ranks_per_node(world) - _RESERVED_BYTES["cpu"]
 
 
-_CATALOGUE: dict[str, tuple[int, float, float]] = {  # memory GB, dense bfloat16 TFLOP/s, link GB/s
-    "H100-80GB": (80, 989.0, 450.0),
-    "H200-141GB": (141, 989.0, 450.0),
-    "A100-40GB": (40, 312.0, 300.0),
-    "A100-80GB": (80, 312.0, 300.0),
-    "L40S-48GB": (48, 362.0, 32.0),
-    "RTX4090-24GB": (24, 165.0, 32.0),
-    "V100-32GB": (32, 125.0, 150.0),  # float16; it has no bfloat16 units
+# Memory GB, dense bfloat16 TFLOP/s, link GB/s, network GB/s into a node of eight.
+_CATALOGUE: dict[str, tuple[int, float, float, float]] = {
+    "H100-80GB": (80, 989.0, 450.0, 400.0),
+    "H200-141GB": (141, 989.0, 450.0, 400.0),
+    "A100-40GB": (40, 312.0, 300.0, 200.0),
+    "A100-80GB": (80, 312.0, 300.0, 200.0),
+    "L40S-48GB": (48, 362.0, 32.0, 12.5),  # no such system: one port of 100 Gbit/s
+    "RTX4090-24GB": (24, 165.0, 32.0, 12.5),  # the same
+    "V100-32GB": (32, 125.0, 150.0, 50.0),  # float16; it has no bfloat16 units
 }
 
 
@@ -96,7 +103,7 @@ def detect(*, cuda: bool | None = None) -> Hardware:
         if torch.cuda.is_available():
             found = torch.cuda.get_device_properties(0)
             short = next((known for known in _CATALOGUE if known.split("-")[0] in found.name.replace(" ", "")), "")
-            _, tflops, link = _CATALOGUE.get(short, (0, 0.0, 0.0))
+            _, tflops, link, network = _CATALOGUE.get(short, (0, 0.0, 0.0, 0.0))
             return Hardware(
                 name=found.name,
                 kind="cuda",
@@ -104,6 +111,8 @@ def detect(*, cuda: bool | None = None) -> Hardware:
                 memory_bytes=found.total_memory,
                 peak_tflops=tflops,
                 link_gbytes_per_s=link,
+                network_gbytes_per_s=network,
+                devices_per_node=torch.cuda.device_count(),
                 num_cores=machine.num_cpus(),
                 is_all=False,
             )

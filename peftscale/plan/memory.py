@@ -1,21 +1,28 @@
 """Memory of one rank by cause, and bytes gathered in a pass: arithmetic over `facts`.
 
-Deciding, judging and printing is the package itself.
+Deciding, judging and printing is the package itself; what passes hold is `work`.
 
 Source: ZeRO stage 3, Rajbhandari et al. 2020, arXiv:1910.02054, section 5. What autograd keeps was read from the
-model code of transformers 5.23 and compared with live storages on CPU (the docstring of `activation_bytes`).
+model code of transformers 5.23 and compared with live storages on CPU (the docstrings of `activation_bytes` and
+`evaluation_bytes`).
 
-Shapes:  H hidden   A heads * head size   F feed-forward   V vocabulary   P virtual tokens   T tokens of a pass
+Shapes:  H hidden   A heads * head size   K key heads * head size   F feed-forward   V vocabulary   T tokens of a pass
 """
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
-from peftscale.config import AdapterConfig, PrefixConfig, Quantization, RunConfig, TaskConfig
+from peftscale.config import Quantization, RunConfig
 from peftscale.facts import BaseFacts, UnitFacts, dtype_bytes
+from peftscale.plan.adapters import file_rows, prefix_bytes, token_width, trained_numbers
+from peftscale.plan.hardware import Hardware
+from peftscale.plan.work import PassSize, Work, decoder_tokens
 
-Mode = Literal["replicated", "world"]
+CONTROL_BYTES = 64
+"""Most bytes an adapter may send in a step beside its gradient: loss, token counts, flags."""
+STEP_PARTS = ("activation_bytes", "logits_bytes")
+"""What a step takes while an evaluation does not run, and the reverse: the peak has the larger of the two."""
+EVALUATION_PARTS = ("evaluation_bytes",)
 _TANH_BY_HAND = ("gelu_new", "gelu_fast")  # written out in Python, so that autograd keeps every step
 
 
@@ -24,23 +31,35 @@ class Setting:
     """What may be turned to make a run fit."""
 
     world: int
-    sharding: Mode
+    holders: int
+    """Ranks that hold the base together: 1 where it is replicated."""
     quantization: Quantization
     checkpoints: bool
-    tokens: int
+    attention_bytes: int
+    """Of an element in attention."""
+    work: Work
+
+
+def attention_bytes(cfg: RunConfig, hardware: Hardware) -> int:
+    """Packed attention on a CPU computes in float32."""
+    return 4 if hardware.kind == "cpu" and cfg.train.packing == "auto" else dtype_bytes(cfg.base.compute_dtype)
+
+
+def peak_bytes(parts: Mapping[str, int]) -> int:
+    """The sum of `rank_parts`, of step and evaluation the larger."""
+    of_step, of_evaluation = (sum(parts[key] for key in keys) for keys in (STEP_PARTS, EVALUATION_PARTS))
+    return sum(parts.values()) - min(of_step, of_evaluation)
 
 
 def rank_parts(cfg: RunConfig, facts: BaseFacts, setting: Setting) -> dict[str, int]:
     """Bytes of one rank by cause, under the names that `Plan` gives them."""
-    dense = dtype_bytes(cfg.base.compute_dtype)
+    dense, size = dtype_bytes(cfg.base.compute_dtype), setting.work.step
     adapters = sum(trained_numbers(a, facts) for a in cfg.adapters.values()) * 4
-    prefixes = sum(_prefix_bytes(a, facts, dense) for a in cfg.adapters.values() if a.kind == "prefix")
-    weights = [linear.rows * linear.cols for unit in facts.units for linear in unit.linears]
-    # nf4 also makes its absmax float32: 4 bytes for 64 weights.
-    extra = 1 / 16 if setting.quantization == "nf4" else 0
+    prefixes = sum(prefix_bytes(a, facts, dense) for a in cfg.adapters.values() if a.kind == "prefix")
     return {
-        **weight_parts(facts, setting, dense),
+        **weight_parts(facts, setting.quantization, dense, holders=setting.holders),
         "adapter_bytes": adapters,
+        "best_bytes": sum(file_rows(a) * token_width(a, facts) for a in cfg.adapters.values()) * 4,
         "gradient_bytes": adapters,
         "optimizer_bytes": sum(
             trained_numbers(a, facts) * 4 * (2 if cfg.adapter_train(name).optimizer == "adamw" else 1)
@@ -48,63 +67,53 @@ def rank_parts(cfg: RunConfig, facts: BaseFacts, setting: Setting) -> dict[str, 
         ),
         "activation_bytes": activation_bytes(
             facts,
-            tokens=setting.tokens,
+            tokens=size.tokens,
             dense_bytes=dense,
             is_checkpointed=setting.checkpoints,
-            decoder_tokens=_decoder_tokens(cfg, setting) if facts.is_encoder_decoder else 0,
-            row_tokens=_row_tokens(cfg, setting),
+            decoder_tokens=decoder_tokens(cfg, size) if facts.is_encoder_decoder else 0,
+            row_tokens=size.row_tokens,
+            attention_bytes=setting.attention_bytes,
         )
         + prefixes,
-        "dequantized_bytes": 0 if setting.quantization == "none" else int(max(weights) * (dense + extra)),
-        "logits_bytes": _targets(cfg, setting) * facts.vocab_size * (dense + 8),
+        "dequantized_bytes": dequantized_bytes(facts, setting.quantization, dense),
+        "logits_bytes": logits_bytes(facts, size, dense),
+        "evaluation_bytes": evaluations_bytes(cfg, facts, setting),
     }
 
 
-def weight_parts(facts: BaseFacts, setting: Setting, dense: int) -> dict[str, int]:
+def dequantized_bytes(facts: BaseFacts, quantization: Quantization, dense: int) -> int:
+    """The largest linear weight; nf4 also makes its absmax float32, 4 bytes for 64 weights."""
+    largest = max(linear.rows * linear.cols for unit in facts.units for linear in unit.linears)
+    return 0 if quantization == "none" else int(largest * (dense + (1 / 16 if quantization == "nf4" else 0)))
+
+
+def logits_bytes(facts: BaseFacts, size: PassSize, dense: int) -> int:
+    """At the targets of a step: logits, their float32 copy and its gradient."""
+    return size.targets * facts.vocab_size * (dense + 8)
+
+
+def evaluations_bytes(cfg: RunConfig, facts: BaseFacts, setting: Setting) -> int:
+    """Of the largest pass of an evaluation."""
+    sizes = (
+        evaluation_bytes(
+            facts,
+            size,
+            dense_bytes=dtype_bytes(cfg.base.compute_dtype),
+            decoder_tokens=decoder_tokens(cfg, size) if facts.is_encoder_decoder else 0,
+            attention_bytes=setting.attention_bytes,
+        )
+        for size in setting.work.evaluated
+    )
+    return max(sizes, default=0)
+
+
+def weight_parts(facts: BaseFacts, quantization: Quantization, dense: int, *, holders: int) -> dict[str, int]:
     """The parts of `rank_parts` that are the base's stored weights, which a rank holds whatever it is used for."""
-    is_sharded = setting.sharding == "world"
-    padded = sorted(unit.packed_bytes(setting.quantization, dense, setting.world) for unit in facts.stored_units)
+    padded = sorted(unit.packed_bytes(quantization, dense, holders) for unit in facts.stored_units)
     return {
-        "slice_bytes": sum(padded) // setting.world if is_sharded else facts.packed_bytes(setting.quantization, dense),
-        "gathered_units_bytes": sum(padded[-2:]) if is_sharded else 0,
+        "slice_bytes": sum(padded) // holders,
+        "gathered_units_bytes": sum(padded[-2:]) if holders > 1 else 0,
     }
-
-
-def token_width(adapter: AdapterConfig, facts: BaseFacts) -> int:
-    """Numbers of one virtual token, as the adapter's file keeps it."""
-    return facts.hidden_size if adapter.kind == "prompt" else facts.prefix_width
-
-
-def file_rows(adapter: AdapterConfig) -> int:
-    """Rows of the adapter's file, one for each virtual token that has values of its own."""
-    return adapter.length + (adapter.decoder_length if adapter.kind == "prompt" else 0)
-
-
-def positions(adapter: AdapterConfig, facts: BaseFacts) -> int:
-    """Virtual tokens of a row, in front of the encoder's and the decoder's input together."""
-    return file_rows(adapter) * (2 if adapter.kind == "prefix" and facts.is_encoder_decoder else 1)
-
-
-def trained_numbers(adapter: AdapterConfig, facts: BaseFacts) -> int:
-    """Numbers that are trained: those of the file, or vectors of H and two layers that make those."""
-    width = token_width(adapter, facts)
-    if adapter.kind == "prompt":
-        hidden = adapter.reparam_hidden_size or 0
-        network = hidden * (2 * width + 1) + 3 * width if hidden else 0  # two layers, gain and shift of the norm
-        return file_rows(adapter) * width + network
-    if adapter.reparam_hidden_size is None:
-        return adapter.length * width
-    # Encoder, decoder and cross attention have vectors and an inner layer each.
-    hidden, networks = adapter.reparam_hidden_size, 3 if facts.is_encoder_decoder else 1
-    inner = adapter.length * facts.hidden_size + hidden * (facts.hidden_size + 1)
-    return networks * inner + width * (hidden + 1)
-
-
-def _prefix_bytes(adapter: PrefixConfig, facts: BaseFacts, dense_bytes: int) -> int:
-    """Beside parameter and gradient: keys and values in the compute dtype and their gradient, and what a network
-    made, as a leaf, with its gradient."""
-    copies = 12 if adapter.reparam == "mlp" else 0
-    return adapter.length * facts.prefix_width * (2 * dense_bytes + copies)
 
 
 def activation_bytes(
@@ -115,6 +124,7 @@ def activation_bytes(
     is_checkpointed: bool,
     decoder_tokens: int = 0,
     row_tokens: int = 1,
+    attention_bytes: int | None = None,
 ) -> int:
     """Bytes of activations of one pass of `tokens` tokens, e = `dense_bytes` an element.
 
@@ -137,18 +147,22 @@ def activation_bytes(
     Args:
         decoder_tokens: those of `tokens` that go through the decoder of an encoder-decoder.
         row_tokens: of one row of its encoder.
+        attention_bytes: of an element in attention, where it is not `dense_bytes`.
     """
-    blocks = [unit for unit in facts.units if unit.kind == "block"]
+    blocks, attention = _blocks(facts), attention_bytes or dense_bytes
     num_encoder_blocks = len(blocks) - facts.num_decoder_layers
     text_tokens, width = tokens - decoder_tokens, facts.num_heads * facts.head_dim * dense_bytes
-    has_bias = any("relative_attention_bias" in tensor.name for unit in blocks for tensor in unit.dense)
-    pair_bytes = facts.num_heads * dense_bytes if has_bias else 0
+    pair_bytes = _pair_bytes(facts, dense_bytes)
     decoder_row_tokens = decoder_tokens * row_tokens // max(1, text_tokens)
     each = []
     for unit in blocks[:num_encoder_blocks]:
-        each.append(text_tokens * (_block_activation(unit, facts, dense_bytes) + row_tokens * pair_bytes))
+        each.append(text_tokens * (_block_activation(unit, facts, dense_bytes, attention) + row_tokens * pair_bytes))
     for unit in blocks[num_encoder_blocks:]:
-        own = _block_activation(unit, facts, dense_bytes) + 2 * width + (row_tokens + decoder_row_tokens) * pair_bytes
+        own = (
+            _block_activation(unit, facts, dense_bytes, attention)
+            + 2 * width
+            + (row_tokens + decoder_row_tokens) * pair_bytes
+        )
         each.append(decoder_tokens * own + text_tokens * 2 * width)
     inputs = num_encoder_blocks * text_tokens + facts.num_decoder_layers * decoder_tokens
     kept = inputs * facts.hidden_size * dense_bytes + max(each) if is_checkpointed else sum(each)
@@ -156,65 +170,83 @@ def activation_bytes(
     return kept + max(text_tokens, decoder_tokens) * (3 * widest * dense_bytes + 8 * facts.hidden_size)
 
 
-def _block_activation(unit: UnitFacts, facts: BaseFacts, dense_bytes: int) -> int:
+def _block_activation(unit: UnitFacts, facts: BaseFacts, dense_bytes: int, attention_bytes: int) -> int:
     """Bytes a token that autograd keeps of one block."""
+    hidden, heads = facts.hidden_size, facts.num_heads * facts.head_dim
+    feed, is_gated = _feed(unit, facts)
+    activated = (3 if is_gated else 1) + (3 if facts.activation in _TANH_BY_HAND else 0)
+    norms = [t for t in unit.dense if t.name.endswith(".weight") and len(t.shape) == 1]
+    seen = sum(hidden if norm.shape[0] == hidden else heads for norm in norms)
+    scalars = 4 * (facts.num_heads + len(norms))
+    return attention_bytes * 4 * heads + dense_bytes * activated * feed + 4 * seen + scalars
+
+
+def _blocks(facts: BaseFacts) -> list[UnitFacts]:
+    return [unit for unit in facts.units if unit.kind == "block"]
+
+
+def _feed(unit: UnitFacts, facts: BaseFacts) -> tuple[int, bool]:
+    """F, and whether a gate as wide goes with it."""
     hidden, heads = facts.hidden_size, facts.num_heads * facts.head_dim
     inner = [linear.cols for linear in unit.linears]
     feed = max((cols for cols in inner if cols not in (hidden, heads)), default=max(inner))
-    into_feed = sum(x.rows for x in unit.linears if x.cols == hidden and x.rows in (feed, 2 * feed))
-    activated = (3 if into_feed >= 2 * feed else 1) + (3 if facts.activation in _TANH_BY_HAND else 0)
-    norms = [t for t in unit.dense if t.name.endswith(".weight") and len(t.shape) == 1]
-    seen = sum(hidden if norm.shape[0] == hidden else heads for norm in norms)
-    return dense_bytes * (4 * heads + activated * feed) + 4 * seen + 4 * (facts.num_heads + len(norms))
+    return feed, sum(x.rows for x in unit.linears if x.cols == hidden and x.rows in (feed, 2 * feed)) >= 2 * feed
 
 
-def gathered_bytes(facts: BaseFacts, setting: Setting, dense: int) -> int:
+def _pair_bytes(facts: BaseFacts, dense_bytes: int) -> int:
+    """Of T5's bias, for each pair of tokens that see each other."""
+    has_bias = any("relative_attention_bias" in tensor.name for unit in _blocks(facts) for tensor in unit.dense)
+    return facts.num_heads * dense_bytes if has_bias else 0
+
+
+def evaluation_bytes(
+    facts: BaseFacts, size: PassSize, *, dense_bytes: int, decoder_tokens: int = 0, attention_bytes: int | None = None
+) -> int:
+    """Bytes of one pass without a backward, beside the weights.
+
+    One block at a time holds for each token e * 2H (its input, and that normed), e = `dense_bytes`, and the larger of
+    its two halves: e * 3 F for up, activated and product, 4 with a gate, 5 for a gelu that is written out in Python,
+    or attention's e * (4 A + 4 K), of packed passes e * (5 A + 8 K) with copies of parts of like lengths. Where labels
+    are compared, 8 bytes for each logit of each target (float32, and their logarithms); where texts are written, logits
+    of the last position of each row, e * H for the text itself, a mask, and the cache of keys and values, e * 2 K for
+    each layer and token; of an encoder-decoder e * 2 A for each layer of the decoder and token of either side, and the
+    encoder's output.
+
+    Peak of live storages on CPU over this, 4 blocks, 6 rows of 90 tokens, both dtypes: 0.96 to 1.06
+    for llama and gpt2, 0.84 to 0.97 for a qwen3 whose attention is three times as wide as H and for T5 v1.1.
+
+    Args:
+        size: of the pass.
+        decoder_tokens: those of its tokens that go through the decoder of an encoder-decoder.
+        attention_bytes: of an element in packed attention, where it is not `dense_bytes`; in copies then.
+    """
+    e, hidden = dense_bytes, facts.hidden_size
+    heads, keys = facts.num_heads * facts.head_dim, facts.num_kv_heads * facts.head_dim
+    is_written, attention = size.new_tokens > 0, attention_bytes or dense_bytes
+    read = size.tokens - (decoder_tokens if facts.is_encoder_decoder else size.rows * size.new_tokens)
+    by_hand, has_copies = facts.activation in _TANH_BY_HAND, not is_written and not facts.is_encoder_decoder
+    shapes = [_feed(unit, facts) for unit in _blocks(facts)]
+    feed = max(of_one * (5 if by_hand else 3 + is_gated) for of_one, is_gated in shapes)
+    attended = e * (5 * heads + 8 * keys if has_copies else 4 * heads + 4 * keys)
+    if attention != e and has_copies:
+        attended = e * (heads + 2 * keys) + attention * (6 * heads + 4 * keys)
+    block = e * 2 * hidden + max(e * feed, attended) + size.row_tokens * _pair_bytes(facts, e)
+    logits = facts.vocab_size * (size.rows * (e + 4) if is_written else 8 * size.targets)
+    if facts.is_encoder_decoder:
+        cache = e * 2 * heads * facts.num_decoder_layers * (read + decoder_tokens) if is_written else 0
+        at_once = decoder_tokens - size.rows * size.new_tokens  # what is written goes through one by one
+        return max(read * block, read * e * hidden + cache + max(logits, at_once * block))
+    if not is_written:
+        return max(read * block, logits)
+    cache = e * 2 * keys * facts.num_layers * size.tokens
+    return cache + max(read * (block + e * (hidden + size.row_tokens)), logits)
+
+
+def gathered_bytes(facts: BaseFacts, quantization: Quantization, dense: int, *, holders: int) -> int:
     """Gathered output of one pass: every unit in forward, and all but embeddings again in backward."""
+    if holders == 1:
+        return 0
     return sum(
-        unit.packed_bytes(setting.quantization, dense, setting.world)
-        * (1 if unit.kind in ("embedding", "positions") else 2)
+        unit.packed_bytes(quantization, dense, holders) * (1 if unit.kind in ("embedding", "positions") else 2)
         for unit in facts.units
     )
-
-
-def target_tokens(task: TaskConfig) -> int:
-    """Most target tokens of one example; a label word has no more tokens than UTF-8 bytes."""
-    if task.labels is None:
-        return task.max_target_tokens
-    return max(len(word.encode()) for word in task.labels.values()) + 1
-
-
-def most_target_tokens(cfg: RunConfig) -> int:
-    """Of one example of any task that an adapter is trained on."""
-    return max(target_tokens(task) for name in cfg.adapters for task in cfg.adapter_tasks(name))
-
-
-def step_rows(cfg: RunConfig, world: int) -> int:
-    """Examples of one step of all adapters, on the rank that has most."""
-    return math.ceil(sum(cfg.adapter_train(name).examples_per_step for name in cfg.adapters) / world)
-
-
-def _targets(cfg: RunConfig, setting: Setting) -> int:
-    """Most target positions of one pass."""
-    return _rows(cfg, setting) * most_target_tokens(cfg)
-
-
-def _rows(cfg: RunConfig, setting: Setting) -> int:
-    """Most rows of one pass: as short as they can be, as many as there are."""
-    target = most_target_tokens(cfg)
-    row = min(a.length for a in cfg.adapters.values()) + 1 + target
-    return max(1, min(step_rows(cfg, setting.world), setting.tokens // row))
-
-
-def _decoder_tokens(cfg: RunConfig, setting: Setting) -> int:
-    """Tokens of one pass that go through the decoder: targets and what stands in front of them."""
-    virtual = max(a.decoder_length if a.kind == "prompt" else a.length for a in cfg.adapters.values())
-    return min(setting.tokens, _targets(cfg, setting) + _rows(cfg, setting) * virtual)
-
-
-def _row_tokens(cfg: RunConfig, setting: Setting) -> int:
-    """Virtual and text tokens of the longest row. Where task.max_text_tokens is not given, a step is taken for one pass
-    of rows of one length."""
-    rows = [(a.length, task.max_text_tokens) for name, a in cfg.adapters.items() for task in cfg.adapter_tasks(name)]
-    alike = max(1, setting.tokens // step_rows(cfg, setting.world))
-    return min(setting.tokens, max(alike if text is None else virtual + text for virtual, text in rows))

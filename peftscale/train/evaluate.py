@@ -20,7 +20,8 @@ from peftscale.config import Metric
 from peftscale.data import metrics as scores
 from peftscale.data.batches import Item, choice_items, generation_items, plan_passes
 from peftscale.data.tasks import Example, TaskData
-from peftscale.train import comm
+from peftscale.plan import PassSize
+from peftscale.train import comm, workload
 from peftscale.train.step import rows_of
 
 BASE_ALONE = ""
@@ -88,8 +89,7 @@ def run_cells(
     """
     if not cells:
         return []
-    start = time.perf_counter()
-    lengths = {BASE_ALONE: 0, **{name: adapter.num_positions for name, adapter in adapters.items()}}
+    start, lengths = time.perf_counter(), _lengths(adapters)
     with base.evaluating():
         folded = {name: adapter.folded() for name, adapter in adapters.items()}
         likelihoods = _classify(base, folded, lengths, cells, microbatch_tokens=microbatch_tokens)
@@ -103,6 +103,32 @@ def run_cells(
         scored = score(cell, predictions) if cell.metrics else {}
         results.append(Evaluation(scored, predictions, found, seconds))
     return results
+
+
+def pass_sizes(
+    base: Base, adapters: Mapping[str, Adapter], cells: Sequence[Cell], *, microbatch_tokens: int
+) -> list[PassSize]:
+    """The largest passes that `run_cells` would make with these arguments, of each kind that there would be."""
+    lengths, world = _lengths(adapters), comm.world_size()
+    with torch.no_grad():
+        folded = {name: adapter.folded() for name, adapter in adapters.items()}
+    compared, written = _compared(lengths, cells), _written(base, folded, lengths, cells).values()
+    kinds = [([compared] if compared else [], base.is_packed), (written, False)]
+    sizes = []
+    for groups, is_packed in kinds:
+        ranks = [
+            of_rank
+            for items in groups
+            for of_rank in plan_passes(items, world=world, microbatch_tokens=microbatch_tokens, is_packed=is_packed)
+        ]
+        if ranks:
+            sizes.append(workload.size_of(ranks, is_packed=is_packed))
+    return sizes
+
+
+def _lengths(adapters: Mapping[str, Adapter]) -> dict[str, int]:
+    """Virtual tokens of a row by adapter."""
+    return {BASE_ALONE: 0, **{name: adapter.num_positions for name, adapter in adapters.items()}}
 
 
 def likeliest(of_labels: Sequence[float]) -> int:
@@ -143,16 +169,7 @@ def _classify(
     microbatch_tokens: int,
 ) -> dict[tuple[int, int], tuple[float, ...]]:
     """(cell, example index) -> log-likelihood of each label's words, for the cells that have labels."""
-    items: list[Item] = []
-    for number, cell in enumerate(cells):
-        name, length = cell.adapter, lengths[cell.adapter]
-        if not cell.task.labels:
-            continue
-        if cell.task.has_shared_choices and all(len(ids) == 1 for ids in cell.examples[0].choices_ids):
-            # One row answers for all labels.
-            items += [Item(name, length, one, one.choices_ids[0], cell=number) for one in cell.examples]
-        else:
-            items += choice_items(name, length, cell.examples, cell=number)
+    items = _compared(lengths, cells)
     if not items:
         return {}
     likelihoods: dict[tuple[int, int], dict[int, float]] = {}
@@ -175,6 +192,21 @@ def _classify(
     return {place: tuple(of_example[c] for c in sorted(of_example)) for place, of_example in merged.items()}
 
 
+def _compared(lengths: Mapping[str, int], cells: Sequence[Cell]) -> list[Item]:
+    """Rows of the cells that have labels."""
+    items: list[Item] = []
+    for number, cell in enumerate(cells):
+        name, length = cell.adapter, lengths[cell.adapter]
+        if not cell.task.labels:
+            continue
+        if cell.task.has_shared_choices and all(len(ids) == 1 for ids in cell.examples[0].choices_ids):
+            # One row answers for all labels.
+            items += [Item(name, length, one, one.choices_ids[0], cell=number) for one in cell.examples]
+        else:
+            items += choice_items(name, length, cell.examples, cell=number)
+    return items
+
+
 def _generate(
     base: Base,
     adapters: Mapping[str, Folded],
@@ -184,22 +216,10 @@ def _generate(
     microbatch_tokens: int,
 ) -> dict[tuple[int, int], str]:
     """(cell, example index) -> the text that was written, for the cells without labels."""
-    items: list[Item] = []
-    for number, cell in enumerate(cells):
-        if not cell.task.labels:
-            name, length = cell.adapter, lengths[cell.adapter]
-            room = base.room(0 if name == BASE_ALONE else adapters[name].length)
-            num_new = [cell.task.num_new_tokens(example, room=room) for example in cell.examples]
-            items += generation_items(name, length, cell.examples, num_new_tokens=num_new, cell=number)
-    if not items:
+    groups = _written(base, adapters, lengths, cells)
+    if not groups:
         return {}
     texts: dict[tuple[int, int], str] = {}
-    # A row goes on until the last one of its pass, on any rank, has ended: one with less room would leave the base's
-    # positions behind. So rows of different room go in different passes; as a rule there is one room for all.
-    # Rows with a prefix go with those of the same one. Groups are in the order of the items, alike on every rank.
-    groups: dict[tuple[int, int, int], list[Item]] = {}
-    for item, row in zip(items, rows_of(items, adapters), strict=True):
-        groups.setdefault((item.num_new_tokens, *generates_with(base, row)), []).append(item)
     for (num, *_), alike in groups.items():
         for of_pass in _passes(alike, microbatch_tokens, is_packed=False):
             written = generate(base, rows_of(of_pass, adapters), max_new_tokens=num)
@@ -207,3 +227,25 @@ def _generate(
                 text = base.tokenizer.decode(ids, skip_special_tokens=True)
                 texts[item.cell, item.example.index] = str(text)
     return {place: text for part in comm.gather_objects(texts) for place, text in part.items()}
+
+
+def _written(
+    base: Base, adapters: Mapping[str, Folded], lengths: Mapping[str, int], cells: Sequence[Cell]
+) -> dict[tuple[int, int, int], list[Item]]:
+    """Rows of the cells without labels, by what they have in common: the room of each and `generates_with`.
+
+    A row goes on until the last one of its pass, on any rank, has ended: one with less room would leave the base's
+    positions behind. So rows of different room go in different passes; as a rule there is one room for all.
+    Rows with a prefix go with those of the same one. Groups are in the order of the items, alike on every rank.
+    """
+    items: list[Item] = []
+    for number, cell in enumerate(cells):
+        if not cell.task.labels:
+            name, length = cell.adapter, lengths[cell.adapter]
+            room = base.room(0 if name == BASE_ALONE else adapters[name].length)
+            num_new = [cell.task.num_new_tokens(example, room=room) for example in cell.examples]
+            items += generation_items(name, length, cell.examples, num_new_tokens=num_new, cell=number)
+    groups: dict[tuple[int, int, int], list[Item]] = {}
+    for item, row in zip(items, rows_of(items, adapters), strict=True):
+        groups.setdefault((item.num_new_tokens, *generates_with(base, row)), []).append(item)
+    return groups

@@ -1,4 +1,4 @@
-"""The journal of a run: its metrics file, and what rank 0 writes for all ranks.
+"""The journal of a run: its metrics file, and what rank 0 writes for all ranks. Every rank's rows can be watched.
 
 What is written down is decided elsewhere; the rows are `records`. A disk that is full is told to every rank at the next
 file that has to be whole.
@@ -12,19 +12,28 @@ from peftscale.errors import CheckpointError
 from peftscale.records import NoteRecord, Record
 from peftscale.train import comm
 
+Watch = Callable[[Record], None]
+"""Called on every rank with each of its rows."""
+
+
+def nobody(row: Record) -> None:
+    """Watches nothing."""
+
 
 class Journal:
     """Writes on rank 0 and nowhere else."""
 
-    def __init__(self, cfg: RunConfig) -> None:
+    def __init__(self, cfg: RunConfig, watch: Watch = nobody) -> None:
         """Cut off what a killed run left half written."""
         self._cfg = cfg
+        self._watch = watch
         self._unwritten: OSError | None = None
         if comm.rank() == 0:
             records.mend(cfg.metrics_path)
 
     def record(self, row: Record) -> None:
         """Append a row to the metrics."""
+        self._watch(row)
         if comm.rank() == 0:
             try:
                 records.append(self._cfg.metrics_path, row)

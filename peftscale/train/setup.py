@@ -16,12 +16,12 @@ from peftscale.base import attention, exactness, flex_exactness, slots_exactness
 from peftscale.base import load as base_load
 from peftscale.base.load import Base
 from peftscale.config import BaseConfig, RunConfig
-from peftscale.data import tasks
+from peftscale.data import metrics, tasks
 from peftscale.data.mixtures import Mixture
 from peftscale.data.tasks import TaskData
 from peftscale.errors import AdapterError, ClusterError, ConfigError, DataError, ModelError
 from peftscale.facts import BaseFacts
-from peftscale.plan import Hardware, Placement, Plan
+from peftscale.plan import Hardware, Placement, Plan, Work
 from peftscale.train import comm
 
 COLLECTIVE_TIMEOUT_S = 1800.0
@@ -57,15 +57,24 @@ def own_gpu() -> torch.device:
     return device
 
 
-def make_plan(cfg: RunConfig, device: torch.device, **known: int) -> Plan:
+def make_plan(
+    cfg: RunConfig, device: torch.device, *, placed: Placement | None = None, work: Work | None = None
+) -> Plan:
     """The plan for the world that this run finds itself in: rank 0's, if it fits on every rank.
+
+    Args:
+        cfg: the run file.
+        device: of this rank.
+        placed: where the base lies already; None before it is loaded.
+        work: what the data has decided; None before it is read.
 
     Raises:
         ConfigError: it does not fit, with what would help.
     """
 
     def local(base_facts: BaseFacts, hardware: Hardware) -> Plan:
-        planned = plan.make(cfg, base_facts, hardware, world=comm.world_size(), **known)
+        world = comm.world_size()
+        planned = plan.make(cfg, base_facts, hardware, world=world, modes=plan.RUN_MODES, placed=placed, work=work)
         if not planned.fits:
             raise ConfigError("\n".join(planned.problems))
         return planned
@@ -79,7 +88,11 @@ def place(cfg: BaseConfig, device: torch.device) -> Placement:
     Raises:
         ConfigError: the weights do not fit.
     """
-    return _agreed(cfg, device, lambda of_base, machine: plan.place(cfg, of_base, machine, world=comm.world_size()))
+
+    def local(base_facts: BaseFacts, hardware: Hardware) -> Placement:
+        return plan.place(cfg, base_facts, hardware, world=comm.world_size(), modes=plan.RUN_MODES)
+
+    return _agreed(cfg, device, local)
 
 
 def _agreed(
@@ -88,6 +101,7 @@ def _agreed(
     """What rank 0 plans from the base's facts and its machine, once every rank has found it possible."""
 
     def work() -> AnyPlacement:
+        plan.refuse_what_is_only_planned(cfg)
         base_facts = facts.load(base_load.resolve(cfg.model, cfg.revision, with_weights=False))
         return local(base_facts, plan.detect(cuda=device.type == "cuda"))
 
@@ -199,6 +213,7 @@ def load_tasks(cfg: RunConfig) -> dict[str, Mixture]:
             of_more = f".more_tasks.{number - 1}" if number else ""
             raise type(error)(f"adapters.{first}{of_more}: {error}") from error
         found |= dict.fromkeys(places, data)
+    metrics.import_libraries(metric for name in cfg.adapters for of in cfg.adapter_tasks(name) for metric in of.metrics)
     return {
         name: Mixture(
             tuple(found[name, number] for number, _ in enumerate(cfg.adapter_tasks(name))), adapter.task_size_limit

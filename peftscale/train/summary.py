@@ -27,6 +27,8 @@ class Prediction(Protocol):
     def control_bytes_per_step(self) -> int: ...
     @property
     def peak_rank_bytes(self) -> int: ...
+    @property
+    def step_s(self) -> float | None: ...
 
 
 def steps_of(metrics: Path) -> list[StepRecord]:
@@ -64,11 +66,13 @@ def make(
         gathered_bytes_per_step=median("gathered_bytes"),
         control_bytes_per_step=median("control_bytes"),
         peak_rank_bytes=peak_rank_bytes,
+        step_s=statistics.median(row.seconds for row in rows) if rows else None,
         predicted=records.Predicted(
             reduced_bytes_per_step=planned.reduced_bytes_per_step,
             gathered_bytes_per_step=planned.gathered_bytes_per_step,
             control_bytes_per_step=planned.control_bytes_per_step,
             peak_rank_bytes=planned.peak_rank_bytes,
+            step_s=planned.step_s,
         ),
         adapters=adapters,
     )

@@ -4,7 +4,6 @@ Runs alike in this process, under torchrun, and in a Ray worker. What it learns 
 `report` is the driver's barrier. Every rank takes the same path through this file.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,19 +16,21 @@ from peftscale.adapters.manifest import AdapterCard, BaseCard, StartCard, TaskTe
 from peftscale.base import load as base_load
 from peftscale.base.load import Base
 from peftscale.config import RunConfig
-from peftscale.data.batches import Cursor, Item, pass_tokens, plan_passes, training_items
+from peftscale.data.batches import Cursor, Item, training_items
 from peftscale.data.mixtures import Mixture
 from peftscale.data.rows import Split
 from peftscale.data.tasks import TaskData
-from peftscale.plan import Plan
-from peftscale.train import checkpoint, comm, departures, evaluate, memory, setup, step, summary
+from peftscale.plan import Plan, Work
+from peftscale.train import checkpoint, comm, departures, evaluate, memory, setup, step, summary, workload
 from peftscale.train.checkpoint import AdapterProgress, Identity, State
-from peftscale.train.journal import Journal
+from peftscale.train.journal import Journal, Watch, nobody
 from peftscale.train.optim import AdapterOptimizer
 from peftscale.train.step import StepResult
 
 Report = Callable[[int], None]
 """Called by every rank after each checkpoint with the step."""
+Wanted = tuple[str, str, Split]
+"""An evaluation: adapter, whose tasks, split."""
 
 
 @dataclass
@@ -59,17 +60,19 @@ class Scores:
     """Of all that was evaluated together."""
 
 
-def main(cfg: RunConfig, report: Report = lambda step: None) -> records.RunSummary:
+def main(cfg: RunConfig, report: Report = lambda step: None, watch: Watch = nobody) -> records.RunSummary:
     """Train the cohort of a run file from its start or its last checkpoint. The same summary on every rank."""
     device = setup.pick_device(cfg)
     with comm.session(backend=comm.backend_for(device), timeout_s=setup.COLLECTIVE_TIMEOUT_S):
         if comm.world_size() > 1:
             base_load.sharder(device)  # DeepSpeed's own hundred megabytes are not the base's
         with memory.measured(device) as peak:
-            return train(open_job(cfg, device, peak, report))
+            return train(open_job(cfg, device, peak, report, watch))
 
 
-def open_job(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, report: Report) -> Job:
+def open_job(
+    cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, report: Report, watch: Watch = nobody
+) -> Job:
     """Load everything and take over the newest checkpoint, if there is one.
 
     Raises:
@@ -97,9 +100,8 @@ def open_job(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, repo
     identity = Identity(
         base.digest, configio.fingerprint(cfg), comm.world_size(), torch.get_num_threads(), configio.dump(cfg)
     )
-    passes, tokens = _typical_passes(cfg, cohort, data, is_packed=base.is_packed)
-    planned = setup.make_plan(cfg, device, passes_per_step=passes, tokens_per_pass=tokens)
-    job = Job(cfg, base, data, state, planned, identity, peak, report, starts, Journal(cfg))
+    planned = setup.make_plan(cfg, device, placed=planned, work=_work(cfg, base, cohort, data))
+    job = Job(cfg, base, data, state, planned, identity, peak, report, starts, Journal(cfg, watch))
     _begin(job)
     for text in (*base.notes, chosen, *unverified):
         if text:
@@ -191,18 +193,23 @@ def _take_items(cfg: RunConfig, state: State, data: Mapping[str, Mixture]) -> li
     return items
 
 
-def _typical_passes(cfg: RunConfig, cohort: Cohort, data: Mapping[str, Mixture], *, is_packed: bool) -> tuple[int, int]:
-    """Passes a step (median of the first steps) and tokens of the largest pass, padding included: for the plan."""
+def _work(cfg: RunConfig, base: Base, cohort: Cohort, data: Mapping[str, Mixture]) -> Work:
+    """What the first steps and the evaluations compute: for the plan."""
     trial = State(cohort, {}, {}, {name: AdapterProgress(Cursor(cfg.adapter_seed(name))) for name in cohort})
-    counts, tokens = [], 0
-    for _ in range(min(cfg.num_steps, 20)):
-        items = _take_items(cfg, trial, data)
-        ranks = plan_passes(
-            items, world=comm.world_size(), microbatch_tokens=cfg.train.microbatch_tokens, is_packed=is_packed
-        )
-        counts.append(len(ranks[0]))
-        tokens = max(tokens, *(pass_tokens(rows, is_packed=is_packed) for passes in ranks for rows in passes))
-    return statistics.median_low(counts), tokens  # a step that was: 1.5 passes are none
+    most, reported = cfg.train.microbatch_tokens, {name: reported_split(*data[name].tasks) for name in cohort}
+    wanted: tuple[list[Wanted], ...] = (
+        [(evaluate.BASE_ALONE, name, split) for name, split in reported.items()],
+        [(name, name, split) for name, split in reported.items()],
+        [(name, name, "validation") for name in cohort],
+    )
+    cells = [list(_cells(cfg, data, of_one).values()) for of_one in wanted]
+    return workload.counted(
+        (_take_items(cfg, trial, data) for _ in range(min(cfg.num_steps, workload.COUNTED_STEPS))),
+        [evaluate.pass_sizes(base, cohort, of_one, microbatch_tokens=most) for of_one in cells],
+        world=comm.world_size(),
+        microbatch_tokens=most,
+        is_packed=base.is_packed,
+    )
 
 
 def _book(job: Job, result: StepResult) -> None:
@@ -228,6 +235,7 @@ def _book(job: Job, result: StepResult) -> None:
         checks_bytes=result.traffic.checks,
         skipped=bool(result.skipped),
         skipped_adapters=result.skipped,
+        peak_rank_bytes=job.memory.peak_bytes(),
     )
     job.journal.record(row)
 
@@ -252,15 +260,19 @@ def _evaluate_before(job: Job) -> None:
         _record_evaluation(job, name, f"{split} without prompt", result)
 
 
-def _evaluated(
-    job: Job, by_name: Mapping[str, adapters.Adapter], wanted: Sequence[tuple[str, str, Split]]
-) -> list[Scores]:
-    """Evaluate (adapter, whose tasks, split) in the same passes, whatever the tasks are; what is wanted twice, once."""
-    cells = {
+def _cells(
+    cfg: RunConfig, data: Mapping[str, Mixture], wanted: Sequence[Wanted]
+) -> dict[tuple[str, int, Split], evaluate.Cell]:
+    return {
         (name, id(task), split): evaluate.Cell(name, task, task.split(split), of_task.metrics)
         for name, of, split in wanted
-        for task, of_task in zip(job.tasks[of].tasks, job.cfg.adapter_tasks(of), strict=True)
+        for task, of_task in zip(data[of].tasks, cfg.adapter_tasks(of), strict=True)
     }
+
+
+def _evaluated(job: Job, by_name: Mapping[str, adapters.Adapter], wanted: Sequence[Wanted]) -> list[Scores]:
+    """Evaluate in the same passes, whatever the tasks are; what is wanted twice, once."""
+    cells = _cells(job.cfg, job.tasks, wanted)
     results = evaluate.run_cells(
         job.base, by_name, list(cells.values()), microbatch_tokens=job.cfg.train.microbatch_tokens
     )

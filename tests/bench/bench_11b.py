@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from random_base import RandomSource, llama, random_items, save_config
+from random_base import RandomSource, llama, one_row, random_items, save_config
 
 sys.path.append(str(Path(__file__).parents[1] / "ranks"))
 
@@ -108,8 +108,7 @@ def _plan(cfg: RunConfig) -> Plan:
         facts.load(cfg.base.model),
         plan.detect(),
         world=WORLD,
-        passes_per_step=1,
-        tokens_per_pass=cfg.adapters["grades"].length + TEXT_TOKENS // WORLD,
+        work=one_row(cfg.adapters["grades"].length + TEXT_TOKENS // WORLD),
     )
 
 

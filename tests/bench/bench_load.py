@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from random_base import llama, random_items, save_config, save_weights
+from random_base import llama, one_row, random_items, save_config, save_weights
 
 sys.path.append(str(Path(__file__).parents[1] / "ranks"))
 
@@ -101,8 +101,7 @@ def _plan(cfg: RunConfig, sharding: str) -> Plan:
         facts.load(cfg.base.model),
         plan.detect(),
         world=WORLD,
-        passes_per_step=1,
-        tokens_per_pass=tokens,
+        work=one_row(tokens),
     )
 
 

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from peftscale.data.batches import Item, training_items
 from peftscale.data.tasks import Example
+from peftscale.plan import PassSize, Work
 
 TOKENIZER = Path(__file__).parents[2] / "configs" / "quickstart" / "base"
 _SHARD_BYTES = 200 * 10**6
@@ -101,3 +102,8 @@ def random_items(adapter: str, prompt_length: int, *, num_rows: int, num_tokens:
     ids = torch.randint(3, vocab, (num_rows, num_tokens), generator=draw).tolist()
     examples = [Example(i, tuple(row[:-1]), (row[-1],), None, "") for i, row in enumerate(ids)]
     return training_items(adapter, prompt_length, examples)
+
+
+def one_row(num_tokens: int) -> Work:
+    """A step of one row of `num_tokens` with one target, and no evaluation: for the plan."""
+    return Work(1, num_tokens, PassSize(num_tokens, rows=1, targets=1, row_tokens=num_tokens - 1), evaluated=())

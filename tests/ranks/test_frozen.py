@@ -4,6 +4,7 @@ Beside them what a frozen base must not do in train mode: compute a block more o
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,8 @@ def test_reduced_bytes_are_the_adapters_and_gathered_bytes_the_plan_s_to_the_byt
         for cfg, of_steps in zip(cfgs, of_rank, strict=True):
             base_facts = facts.load(cfg.base.model)
             for index, seen in enumerate(of_steps):
-                planned = plan.make(cfg, base_facts, plan.detect(cuda=False), world=3, passes_per_step=seen["passes"])
+                work = replace(plan.expected(cfg, base_facts, world=3), passes_per_step=seen["passes"])
+                planned = plan.make(cfg, base_facts, plan.detect(cuda=False), world=3, work=work)
                 assert seen["reduced"] == planned.reduced_bytes_per_step == ADAPTER_BYTES, cfg.base
                 assert seen["gathered"] == planned.gathered_bytes_per_step, (cfg.base, index)
                 assert 0 < seen["control"] <= 64 * len(TWO), cfg.base

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import commands
 import pytest
 import tiny
 import torch
@@ -330,9 +329,6 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(
 def test_commands_for_adapters_say_that_a_baseline_makes_none(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"method=lora: such a run makes no adapter. Name those you mean"):
         driver.adapter_dirs(tiny.run_config(tmp_path, **LORA), None)
-    done = commands.run("plan", tmp_path / "run.json")
-    assert done.code == 2
-    assert "method: runs of adapters are planned, got 'lora'" in done.err
 
 
 def test_peft_is_asked_for_by_name_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

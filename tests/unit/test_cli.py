@@ -45,6 +45,7 @@ COMMANDS = {
 }
 FIGURES = {"reduced_bytes_per_step", "gathered_bytes_per_step", "control_bytes_per_step", "peak_rank_bytes"}
 SUMMARY = FIGURES | {
+    "step_s",
     "name",
     "world_size",
     "sharding",

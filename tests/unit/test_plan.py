@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_plans
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5Model
 
 from peftscale import configio, facts, plan
-from peftscale.config import RunConfig
 from peftscale.errors import ConfigError
 from peftscale.facts import BaseFacts, TensorFacts, UnitFacts
 
@@ -24,60 +24,6 @@ QUICKSTART = CONFIGS / "quickstart.yaml"
 RUN_FILES = sorted((CONFIGS / "plan").glob("*.yaml"))
 
 
-def _cfg(*, adapters: dict[str, int], **changes: dict[str, Any]) -> RunConfig:
-    """A run of labels 'ab' and 'c' (at most 3 target tokens), 12 examples a step."""
-    data: dict[str, Any] = {
-        "name": "x",
-        "seed": 0,
-        "base": {
-            "model": "m",
-            "quantization": "nf4",
-            "compute_dtype": "bfloat16",
-            "sharding": "world",
-            "checkpoint_activations": False,
-        },
-        "adapters": {name: {"kind": "prompt", "length": n, "init": "random"} for name, n in adapters.items()},
-        "task": {
-            "name": "t",
-            "files": {"train": "a.jsonl", "validation": "b.jsonl"},
-            "input": "i",
-            "target": "t",
-            "labels": {"p": "ab", "q": "c"},
-            "metrics": ["accuracy"],
-        },
-        "train": {
-            "steps": 5,
-            "examples_per_step": 12,
-            "microbatch_tokens": 100,
-            "optimizer": "adamw",
-            "learning_rate": 0.1,
-            "evaluate_every": 5,
-            "checkpoint_every": 5,
-        },
-        "cluster": {"workers": 3, "storage": "runs"},
-    }
-    for section, values in changes.items():
-        data[section] |= values
-    return configio.from_dict(data)
-
-
-def _tiny() -> BaseFacts:
-    """Hidden 8, feed-forward 24, 2 blocks of one 24 x 8 and one 8 x 24 linear and a norm, 50 tokens, tied."""
-    blocks = tuple(
-        UnitFacts(
-            f"b.{i}",
-            "block",
-            (facts.LinearFacts(f"b.{i}.up", 24, 8, False), facts.LinearFacts(f"b.{i}.down", 8, 24, False)),
-            (TensorFacts(f"b.{i}.norm.weight", (8,)),),
-        )
-        for i in range(2)
-    )
-    table = TensorFacts("e.weight", (50, 8))
-    norm = UnitFacts("n", "norm", (), (TensorFacts("n.weight", (8,)),))
-    units = (UnitFacts("e", "embedding", (), (table,)), *blocks, norm, UnitFacts("h", "head", (), (table,)))
-    return BaseFacts("m", "tiny", 8, 2, 2, 2, 4, "silu", 50, 64, True, False, units)
-
-
 # One linear: 192 weights = 96 packed + 3 absmax + 4 nested + 4 offset = 107 bytes. One block: 2 * 107 + 8 * 2 = 230.
 # Embedding: 50 * 8 * 2 = 800. Norm: 16. Packed: 800 + 2 * 230 + 16 = 1276.
 # Over 3 ranks: a blob is 108, a norm of 8 elements is 9, the table of 400 elements is 402.
@@ -85,36 +31,43 @@ BLOCK_3, TABLE_3, NORM_3 = 108 * 2 + 9 * 2, 402 * 2, 9 * 2
 
 
 def test_bytes_of_a_tiny_base_over_three_ranks_by_hand() -> None:
-    made = plan.make(_cfg(adapters={"a": 5}), _tiny(), plan.Hardware.parse("cpu-24GB"), world=3, passes_per_step=4)
+    cfg, base, cpu = small_plans.cfg(adapters={"a": 5}), small_plans.base(), plan.Hardware.parse("cpu-24GB")
+    made = plan.make(cfg, base, cpu, world=3, work=replace(plan.expected(cfg, base, world=3), passes_per_step=4))
     assert made.packed_bytes == 1276
     assert made.slice_bytes == (TABLE_3 + 2 * BLOCK_3 + NORM_3) // 3
     assert made.gathered_units_bytes == TABLE_3 + BLOCK_3
     # Forward: table, blocks, norm, head (the table again). Backward: all of them but the embedding.
     assert made.gathered_bytes_per_step == 4 * (3 * TABLE_3 + 2 * 2 * BLOCK_3 + 2 * NORM_3)
     assert made.reduced_bytes_per_step == 5 * 8 * 4
-    assert (made.adapter_bytes, made.gradient_bytes, made.optimizer_bytes) == (160, 160, 320)
+    assert (made.adapter_bytes, made.best_bytes, made.gradient_bytes, made.optimizer_bytes) == (160, 160, 160, 320)
     assert made.dequantized_bytes == 192 * 2 + 192 // 16
     # 12 examples over 3 ranks are 4 rows of at most 3 targets; logits bfloat16, float32 and its gradient.
     assert made.logits_bytes == 4 * 3 * 50 * (2 + 4 + 4)
-    # Attention 4 * 8 and one activation of 24 in bfloat16, the norm's float32 copy of 8, scalars of 2 heads and a norm.
-    block = 2 * (4 * 8 + 24) + 4 * 8 + 4 * (2 + 1)
+    # Attention 4 * 8 in float32, as on a CPU, and one activation of 24 in bfloat16, the norm's float32 copy of 8,
+    # scalars of 2 heads and a norm.
+    block = 4 * 4 * 8 + 2 * 24 + 4 * 8 + 4 * (2 + 1)
     assert made.activation_bytes == 100 * (2 * block + 3 * 24 * 2 + 8 * 8)
-    parts = (made.slice_bytes, made.gathered_units_bytes, 160, 160, 320, made.activation_bytes, 396, made.logits_bytes)
-    assert made.peak_rank_bytes == sum(parts)
+    # Labels are compared in passes of 100 tokens. Without a limit on texts, those of a step's 4 rows fill a pass, 20
+    # behind a prompt of 5; one of them and 3 targets are 23 tokens, so 4 rows make 12 logits.
+    block = 2 * 2 * 8 + (2 * (8 + 2 * 8) + 4 * (6 * 8 + 4 * 8))  # input and norm; attention with copies in float32
+    assert made.evaluation_bytes == max(100 * block, 8 * 12 * 50)
+    parts = (made.slice_bytes, made.gathered_units_bytes, 160, 160, 160, 320, 396)
+    assert made.activation_bytes + made.logits_bytes > made.evaluation_bytes
+    assert made.peak_rank_bytes == sum(parts) + made.activation_bytes + made.logits_bytes
     assert made.sharding == "world" and made.reason == "base.sharding=world"
     assert made.fits and made.problems == ()
     assert made.prefetch_elements == 0
 
 
 def test_checkpointing_keeps_one_input_a_block() -> None:
-    kept = plan.activation_bytes(_tiny(), tokens=1, dense_bytes=4, is_checkpointed=False)
-    fewer = plan.activation_bytes(_tiny(), tokens=1, dense_bytes=4, is_checkpointed=True)
+    kept = plan.activation_bytes(small_plans.base(), tokens=1, dense_bytes=4, is_checkpointed=False)
+    fewer = plan.activation_bytes(small_plans.base(), tokens=1, dense_bytes=4, is_checkpointed=True)
     block = 4 * (4 * 8 + 24) + 4 * 8 + 4 * (2 + 1)
     assert kept - fewer == block - 2 * 8 * 4
 
 
 def test_one_rank_gathers_and_reduces_nothing() -> None:
-    made = plan.make(_cfg(adapters={"a": 5}), _tiny(), plan.Hardware.parse("H100-80GB"))
+    made = plan.make(small_plans.cfg(adapters={"a": 5}), small_plans.base(), plan.Hardware.parse("H100-80GB"))
     assert (made.world_size, made.sharding, made.reason) == (1, "replicated", "one rank holds everything")
     assert made.slice_bytes == made.packed_bytes
     assert made.gathered_units_bytes == made.gathered_bytes_per_step == 0
@@ -122,8 +75,8 @@ def test_one_rank_gathers_and_reduces_nothing() -> None:
 
 
 def test_replicated_ranks_reduce_and_gather_nothing() -> None:
-    cfg = _cfg(adapters={"a": 5, "b": 7}, base={"sharding": "replicated"}, train={"optimizer": "adafactor"})
-    made = plan.make(cfg, _tiny(), plan.Hardware.parse("2xH100-80GB"))
+    cfg = small_plans.cfg(adapters={"a": 5, "b": 7}, base={"sharding": "replicated"}, train={"optimizer": "adafactor"})
+    made = plan.make(cfg, small_plans.base(), plan.Hardware.parse("2xH100-80GB"))
     assert made.gathered_bytes_per_step == 0
     assert made.reduced_bytes_per_step == (5 + 7) * 8 * 4
     assert made.optimizer_bytes == made.adapter_bytes == 384
@@ -133,9 +86,9 @@ def test_replicated_ranks_reduce_and_gather_nothing() -> None:
 @pytest.mark.parametrize(("length", "hidden"), [(1, 1), (20, 256), (100, 4096), (1001, 3)])
 def test_the_adapter_file_has_the_planned_size(tmp_path: Path, length: int, hidden: int) -> None:
     save_file({"prompt_embeddings": torch.zeros(length, hidden)}, tmp_path / "a", metadata={"format": "pt"})
-    base = _tiny()
+    base = small_plans.base()
     wide = BaseFacts(**{name: getattr(base, name) for name in base.__slots__} | {"hidden_size": hidden})
-    made = plan.make(_cfg(adapters={"a": length}), wide, plan.Hardware.parse("cpu-24GB"))
+    made = plan.make(small_plans.cfg(adapters={"a": length}), wide, plan.Hardware.parse("cpu-24GB"))
     assert made.adapter_file_bytes == (tmp_path / "a").stat().st_size
     # Beside the best rows, a file's worth: the rows as they are, and two moments of each.
     assert made.checkpoint_bytes - made.adapter_file_bytes - 3 * 16_384 == 3 * length * hidden * 4
@@ -165,14 +118,17 @@ def test_a_base_that_does_not_fit_says_what_would_help() -> None:
     assert "8xH100-80GB with base.sharding=world" in problem
     assert plan.make(cfg, base, plan.Hardware.parse("8xH100-80GB")).fits  # the way out is one
     dense = configio.load(CONFIGS / "plan" / "llama-3.1-8b.yaml", ["base.quantization=none"])
-    small = plan.make(dense, facts.load(dense.base.model), plan.Hardware.parse("A100-40GB"), tokens_per_pass=65_536)
+    eight = facts.load(dense.base.model)
+    large = replace(plan.expected(dense, eight, world=1).step, tokens=65_536)
+    work = replace(plan.expected(dense, eight, world=1), step=large)
+    small = plan.make(dense, eight, plan.Hardware.parse("A100-40GB"), work=work)
     assert not small.fits
     assert "Enough would be:" in small.problems[0] and "train.microbatch_tokens=" in small.problems[0]
 
 
 def test_rows_that_cannot_be_are_named_with_their_keys() -> None:
-    cfg = _cfg(adapters={"a": 63}, train={"microbatch_tokens": 64})
-    made = plan.make(cfg, _tiny(), plan.Hardware.parse("2xV100-32GB"), world=3)
+    cfg = small_plans.cfg(adapters={"a": 63}, train={"microbatch_tokens": 64})
+    made = plan.make(cfg, small_plans.base(), plan.Hardware.parse("2xV100-32GB"), world=3)
     assert [problem.split(";")[0] for problem in made.problems] == [
         "3 ranks need 3 GPUs, 2xV100-32GB has 2",
         "adapters.a.length=63 and 1 text and 1 target token(s) make 65, the base has 64 positions "
@@ -185,16 +141,19 @@ def test_rows_that_cannot_be_are_named_with_their_keys() -> None:
 
 def test_a_worker_that_sees_one_gpu_of_many_is_not_refused() -> None:
     seen = replace(plan.Hardware.parse("H100-80GB"), is_all=False)
-    assert plan.make(_cfg(adapters={"a": 5}), _tiny(), seen, world=16).fits
-    assert not plan.make(_cfg(adapters={"a": 5}), _tiny(), plan.Hardware.parse("H100-80GB"), world=16).fits
+    assert plan.make(small_plans.cfg(adapters={"a": 5}), small_plans.base(), seen, world=16).fits
+    assert not plan.make(
+        small_plans.cfg(adapters={"a": 5}), small_plans.base(), plan.Hardware.parse("H100-80GB"), world=16
+    ).fits
 
 
 def test_passes_follow_from_the_longest_row() -> None:
-    cfg = _cfg(adapters={"a": 5}, task={"max_text_tokens": 22})
-    base, three = _tiny(), plan.Hardware.parse("cpu-24GB")
+    cfg = small_plans.cfg(adapters={"a": 5}, task={"max_text_tokens": 22})
+    base, three = small_plans.base(), plan.Hardware.parse("cpu-24GB")
     assert plan.make(cfg, base, three).passes_per_step == 2  # 4 rows a rank, 3 rows of 5 + 22 + 3 in 100 tokens
-    assert plan.make(cfg, base, three, passes_per_step=7).passes_per_step == 7
-    unknown = plan.make(_cfg(adapters={"a": 5}), base, three)
+    counted = replace(plan.expected(cfg, base, world=3), passes_per_step=7)
+    assert plan.make(cfg, base, three, work=counted).passes_per_step == 7
+    unknown = plan.make(small_plans.cfg(adapters={"a": 5}), base, three)
     assert unknown.passes_per_step == 1
     assert unknown.notes == ("task.max_text_tokens is not given, so one pass a step is assumed.",)
 
@@ -261,7 +220,9 @@ def test_all_published_models_have_a_run_file() -> None:
 @pytest.mark.skipif(not QUICKSTART.is_file(), reason="configs/quickstart.yaml and its base are not there")
 def test_the_quickstart_reduces_its_prompt_and_gathers_its_base() -> None:
     cfg = configio.load(QUICKSTART)
-    made = plan.make(cfg, facts.load(cfg.base.model), plan.Hardware.parse("cpu-4GB"), world=2, passes_per_step=1)
+    base = facts.load(cfg.base.model)
+    work = replace(plan.expected(cfg, base, world=2), passes_per_step=1)
+    made = plan.make(cfg, base, plan.Hardware.parse("cpu-4GB"), world=2, work=work)
     # Hidden 256, 6 blocks: q, o 256 x 256, k, v 128 x 256, three of 672 x 256; 4096 tokens, tied; float32.
     weights = (2 * 256 * 256, 2 * 128 * 256, 3 * 672 * 256)
     blobs = 2 * _nf4(256 * 256) + 2 * _nf4(128 * 256) + 3 * _nf4(672 * 256)
@@ -341,7 +302,7 @@ def _llama_blocks(*, layers: int, hidden: int, feed: int) -> tuple[UnitFacts, ..
 
 
 def test_the_table_has_a_column_for_each_plan() -> None:
-    base, cfg = _tiny(), _cfg(adapters={"a": 5})
+    base, cfg = small_plans.base(), small_plans.cfg(adapters={"a": 5})
     plans = [plan.make(cfg, base, plan.Hardware.parse(text)) for text in ("2xH100-80GB", "cpu-24GB")]
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(plan.table(plans))

@@ -1,0 +1,126 @@
+"""Status: how runs stand, from the files that they write. Nobody is asked: a run elsewhere needs its storage alone."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from peftscale import configio, logs, records
+from peftscale.errors import CheckpointError
+from peftscale.records import EvaluationRecord, Row, StepRecord
+
+_SILENT_S = 60.0
+"""A run that has written nothing for so long, and for five of its own steps, may have died."""
+
+
+class RunStatus(Row):
+    """How one run stands."""
+
+    name: str
+    dir: str
+    state: str
+    """ended, failed (a rank said why), going on, or silent: it has not ended and writes nothing."""
+    step: int
+    num_steps: int
+    training: tuple[str, ...]
+    """Adapters that took part in the last step."""
+    losses: dict[str, float]
+    """Of the last step, by adapter."""
+    scores: dict[str, dict[str, float]]
+    """Of each adapter's last evaluation on the validation split."""
+    tokens_per_s: float | None
+    """Of the last step."""
+    seconds_left: float | None
+    """At the pace of the last steps, evaluations left out; None where it does not go on."""
+    silent_seconds: float
+    """Since it wrote something."""
+    checkpoint: str | None
+    """The newest one."""
+    error: str | None
+    """What failed first, of any rank, since the ranks began the last time."""
+
+
+def find(where: Path) -> list[Path]:
+    """The directories of runs: of a run file, a run's directory, or a storage of runs, newest first.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if where.is_file():
+        directory = configio.load(where).run_dir
+        found = [directory] if (directory / "run.json").exists() else []
+    elif (where / "run.json").exists():
+        found = [where]
+    else:
+        found = sorted((path.parent for path in where.glob("*/run.json")), key=_last_sign, reverse=True)
+    if not found:
+        raise CheckpointError(f"{where}: no run there. Name a run file, a run's directory, or a storage of runs.")
+    return found
+
+
+def one(where: Path) -> Path:
+    """The directory of one run, of a run file or as it is.
+
+    Raises:
+        CheckpointError: there is none, or there are several.
+    """
+    found = find(where)
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found[:4])
+        raise CheckpointError(
+            f"{where}: {len(found)} runs are there ({names}{', ...' if len(found) > 4 else ''}); name one."
+        )
+    return found[0]
+
+
+def ending(directory: Path) -> Callable[[], bool]:
+    """Whether the run has ended or failed, to be asked again and again."""
+    return lambda: of(directory).state in ("ended", "failed")
+
+
+def of(directory: Path) -> RunStatus:
+    """How the run in a directory stands.
+
+    Raises:
+        ConfigError: its run.json is not ours.
+        DataError: a whole line of its metrics is no record.
+    """
+    cfg = configio.from_dict(json.loads((directory / "run.json").read_text()))
+    metrics = directory / "metrics.jsonl"
+    rows = list(records.read(metrics)) if metrics.exists() else []
+    steps = [row for row in rows if isinstance(row, StepRecord)]
+    last = steps[-1] if steps else None
+    pace = sorted(row.seconds for row in steps[-20:])[len(steps[-20:]) // 2] if steps else 0.0
+    silent = time.time() - _last_sign(directory)
+    has_ended = (directory / "summary.json").exists()
+    is_going = not has_ended and silent < max(_SILENT_S, 5 * pace)
+    failure = None if has_ended else logs.first_error(cfg.logs_dir)
+    return RunStatus(
+        name=cfg.name,
+        dir=str(directory),
+        state="ended" if has_ended else "failed" if failure else "going on" if is_going else "silent",
+        step=last.step if last else 0,
+        num_steps=cfg.num_steps,
+        training=() if has_ended or last is None else tuple(last.adapters),
+        losses={} if last is None else last.adapters,
+        scores={
+            row.adapter: row.metrics for row in rows if isinstance(row, EvaluationRecord) and row.split == "validation"
+        },
+        tokens_per_s=last.tokens_per_s if last else None,
+        seconds_left=pace * (cfg.num_steps - last.step) if last and is_going else None,
+        silent_seconds=silent,
+        checkpoint=_newest_checkpoint(directory),
+        error=None if failure is None else failure.words(),
+    )
+
+
+def _newest_checkpoint(directory: Path) -> str | None:
+    steps = [path.name.removeprefix("step-") for path in directory.glob("checkpoints/step-*")]
+    newest = max((int(step) for step in steps if step.isdigit()), default=None)
+    return None if newest is None else f"step-{newest}"
+
+
+def _last_sign(directory: Path) -> float:
+    """When a run wrote something, in seconds since the epoch."""
+    files = [directory / "run.json", directory / "metrics.jsonl", *directory.glob("logs/*.jsonl")]
+    return max(path.stat().st_mtime for path in files if path.exists())

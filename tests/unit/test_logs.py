@@ -1,0 +1,74 @@
+"""What ranks say is kept with their rank and step, in the order of time, and the first failure is found."""
+
+import json
+import logging
+import threading
+from pathlib import Path
+
+import pytest
+
+from peftscale import logs
+
+ours, theirs = logging.getLogger("peftscale.base.load"), logging.getLogger("other")
+
+
+def _failed(directory: Path, rank: int, error: Exception, *, step: int = 3) -> None:
+    def fail() -> None:
+        with logs.kept(directory, rank) as book:
+            book.step = step
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+
+
+def test_a_line_has_rank_step_and_level_and_others_are_heard_from_warnings_on(tmp_path: Path) -> None:
+    with logs.kept(tmp_path, 2) as book:
+        ours.info("packs %s", "the base")
+        theirs.info("chatter")
+        book.step = 7
+        theirs.warning("is slow")
+    ours.error("after the run")  # the file is closed
+    found = [(line.rank, line.step, line.level, line.message) for line in logs.read(tmp_path)]
+    assert found == [(2, 0, "info", "begins"), (2, 0, "info", "packs the base"), (2, 7, "warning", "is slow")]
+    assert [line.message for line in logs.read(tmp_path, level="warning")] == ["is slow"]
+    for text in (tmp_path / "rank-2.jsonl").read_text().splitlines():
+        assert set(json.loads(text)) == {"time", "level", "host", "rank", "step", "logger", "message", "traceback"}
+
+
+def test_the_first_error_of_the_last_start_is_the_cause(tmp_path: Path) -> None:
+    _failed(tmp_path, 0, ValueError("of an earlier start"))
+    with logs.kept(tmp_path, 0), logs.kept(tmp_path, 1):
+        assert logs.first_error(tmp_path) is None  # the one before is no news
+    _failed(tmp_path, 1, MemoryError("no room"), step=12)
+    _failed(tmp_path, 0, RuntimeError("Connection closed by peer"), step=12)
+    first = logs.first_error(tmp_path)
+    assert first is not None and first.words() == f"rank 1 on {first.host} at step 12: MemoryError: no room"
+    assert first.traceback is not None and "raise error\nMemoryError: no room" in first.traceback
+
+
+def test_a_line_that_a_kill_cut_is_left_out_and_the_rest_is_read(tmp_path: Path) -> None:
+    with logs.kept(tmp_path, 0):
+        ours.warning("whole")
+    with (tmp_path / "rank-0.jsonl").open("a") as file:
+        file.write("not ours\n" + '{"time": "2026')
+    assert [line.message for line in logs.read(tmp_path)] == ["begins", "whole"]
+
+
+def test_following_gives_every_line_once_in_the_order_of_time(tmp_path: Path) -> None:
+    has_ended = threading.Event()
+    found: list[str] = []
+
+    def follow() -> None:
+        found.extend(line.message for line in logs.follow(tmp_path, [0, 1], "warning", has_ended.is_set))
+
+    with logs.kept(tmp_path, 0), logs.kept(tmp_path, 1), logs.kept(tmp_path, 2):
+        theirs.warning("early")
+        thread = threading.Thread(target=follow)
+        thread.start()
+        for number in range(20):
+            theirs.warning("%d", number)
+        has_ended.set()
+        thread.join()
+    once = ["early", *map(str, range(20))]
+    assert found == [message for message in once for _ in (0, 1)]
