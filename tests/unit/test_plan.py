@@ -131,7 +131,8 @@ def test_rows_that_cannot_be_are_named_with_their_keys() -> None:
     made = plan.make(cfg, small_plans.base(), plan.Hardware.parse("2xV100-32GB"), world=3)
     assert [problem.split(";")[0] for problem in made.problems] == [
         "3 ranks need 3 GPUs, 2xV100-32GB has 2",
-        "adapters.a.length=63 and 1 text and 1 target token(s) make 65, the base has 64 positions (with longrope, those of short texts)",
+        "adapters.a.length=63 and 1 text and 1 target token(s) make 65, the base has 64 positions "
+        "(with longrope, those of short texts)",
         "train.microbatch_tokens=64 does not hold one row of adapters.a: 63 virtual, 1 text and 1 target token(s) "
         "make 65",
     ]
