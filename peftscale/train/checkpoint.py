@@ -265,7 +265,7 @@ def _verified(path: Path) -> dict[str, bytes]:
         hashes: dict[str, str] = manifest["sha256"]
         files = {name: (path / name).read_bytes() for name in (_STATE, _ADAPTERS, _MOMENTS)}
         wrong = [name for name, data in files.items() if hashlib.sha256(data).hexdigest() != hashes.get(name)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path} is not whole ({type(error).__name__}: {error})") from error
     if written != FORMAT:
         raise CheckpointError(
@@ -273,6 +273,9 @@ def _verified(path: Path) -> dict[str, bytes]:
         )
     if wrong:
         raise CheckpointError(f"checkpoint {path} is damaged ({', '.join(wrong)})")
+    step = json.loads(files[_STATE])["step"]
+    if path.name != f"step-{step}":
+        raise CheckpointError(f"checkpoint {path} is another one, renamed (it holds the state after step {step})")
     return files
 
 

@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import damages
 import pytest
 import torch
 
@@ -19,6 +21,8 @@ from peftscale.train import checkpoint
 from peftscale.train.checkpoint import AdapterProgress, Identity, State
 from peftscale.train.optim import AdapterOptimizer
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+"""Of a process that imports this file."""
 IDENTITY = Identity("sha256:aa", "f1", 2, 1, {"train": {"steps": 9}})
 
 
@@ -91,46 +95,49 @@ def test_only_so_many_checkpoints_are_kept_and_the_newest_is_restored(tmp_path: 
     assert _restore(_state(steps=0), tmp_path, IDENTITY) == tmp_path / "step-12"
 
 
-def _cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def _flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def _delete(path: Path) -> None:
-    path.unlink()
-
-
-def _empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-@pytest.mark.parametrize("file", ["manifest.json", "state.json", "adapters.safetensors", "optimizer.safetensors"])
-@pytest.mark.parametrize("damage", [_cut, _flip, _delete, _empty])
-def test_a_damaged_file_of_the_newest_checkpoint_falls_back_to_the_one_before(
-    tmp_path: Path, file: str, damage: object, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("file", damages.CHECKPOINT_FILES)
+@pytest.mark.parametrize("damage", damages.ALL)
+def test_a_damaged_file_of_the_newest_checkpoint_falls_back_to_the_one_before_and_loses_nothing_older(
+    tmp_path: Path, file: str, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
+    state = _state(steps=0)
+    for step in range(3):
+        _move(state, step)
+        checkpoint.save_(state, tmp_path, IDENTITY, keep=3)
+    older = {step: damages.content(tmp_path / step) for step in ("step-1", "step-2")}
+    damage(tmp_path / "step-3" / file)
+    restored = _state(steps=0)
+    with caplog.at_level(logging.WARNING):
+        assert _restore(restored, tmp_path, IDENTITY) == tmp_path / "step-2"
+    assert restored.step == 2
+    if damage is not damages.half_written:  # of which nothing has the name of a checkpoint
+        assert f"checkpoint {tmp_path / 'step-3'} is " in caplog.text
+        assert "trying the one before it" in caplog.text
+    _move(restored, 2)
+    checkpoint.save_(restored, tmp_path, IDENTITY, keep=3)
+    assert {step: damages.content(tmp_path / step) for step in older} == older
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2", "step-3"]
+    assert _restore(_state(steps=0), tmp_path, IDENTITY) == tmp_path / "step-3"  # whole again
+    assert all(torch.equal(x, y) for x, y in zip(_rows(restored), _rows(state), strict=True))
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every file of it is whole."""
     state = _state(steps=0)
     for step in range(2):
         _move(state, step)
         checkpoint.save_(state, tmp_path, IDENTITY, keep=2)
-    damage(tmp_path / "step-2" / file)  # type: ignore[operator]
-    restored = _state(steps=0)
-    with caplog.at_level(logging.WARNING):
-        assert _restore(restored, tmp_path, IDENTITY) == tmp_path / "step-1"
-    assert restored.step == 1
-    assert "step-2" in caplog.text
-    assert "trying the one before it" in caplog.text
+    (tmp_path / "step-1").rename(tmp_path / "step-3")
+    assert _restore(_state(steps=0), tmp_path, IDENTITY) == tmp_path / "step-2"
+    assert "step-3 is another one, renamed (it holds the state after step 1)" in caplog.text
 
 
 def test_no_whole_checkpoint_among_several_is_an_error_and_none_at_all_is_a_start(tmp_path: Path) -> None:
     assert _restore(_state(steps=0), tmp_path / "nothing", IDENTITY) is None
     checkpoint.save_(_state(steps=1), tmp_path, IDENTITY, keep=2)
-    _flip(tmp_path / "step-1" / "adapters.safetensors")
+    damages.flip(tmp_path / "step-1" / "adapters.safetensors")
     with pytest.raises(CheckpointError, match="none of the 1 checkpoint"):
         _restore(_state(steps=0), tmp_path, IDENTITY)
 
@@ -175,7 +182,7 @@ except CheckpointError as error:
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
-        cwd=Path(__file__).parent,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=True,
@@ -206,7 +213,7 @@ def fsync(descriptor, original=os.fsync):
 os.fsync = fsync
 checkpoint.save_(state, root, t.IDENTITY, keep=2)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parent, check=False)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=ENVIRONMENT, check=False)
     assert done.returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 2  # the good one, and what the killed writer left
     restored = _state(steps=0)
