@@ -199,11 +199,13 @@ def ratio_interval(values: list[float], beside: list[float]) -> tuple[float, flo
 
 
 def starts(study: Study, base: str, task: str) -> None:
-    """Lengths at the recipe's start, from label words, and other starts at a length of 20: one cohort."""
-    settings = {f"length{n}": study.prompt(task, length=n) for n in LENGTHS}
+    """Lengths at a start from the vocabulary, which a length of 1 can have too, and other starts at a length of 20: one
+    cohort."""
     bare = {key: value for key, value in study.prompt(task, length=20).items() if not key.startswith("init")}
-    others: dict[str, Section] = {"random": {}, "scaled": {}, "vocabulary": {}, "text": {"init_text": TEXT}}
+    settings = {f"length{n}": bare | {"length": n, "init": "vocabulary"} for n in LENGTHS}
+    others: dict[str, Section] = {"random": {}, "scaled": {}, "text": {"init_text": TEXT}}
     settings |= {f"start-{init}": bare | {"init": init} | own for init, own in others.items()}
+    settings["start-labels"] = study.prompt(task, length=20)
     found, seconds = after(study.config("starts", base, task, adapters=cohort(**settings)))
     for setting, values in by_setting(found):
         study.row(f"{base} {task}", setting, values, seconds=seconds / len(settings))
