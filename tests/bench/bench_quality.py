@@ -9,8 +9,8 @@ score on others), `ensemble` (five seeds together). --base and --task may be rep
 A run is configs/recipes/default.yaml with another base and task, and what the study varies; what baselines do otherwise
 is said below, and of their rates the validation split chooses one for each base and task, with one seed. Runs are kept
 in --out and not repeated; one that was cut short is gone on with. key=value changes all of them. Data and bases are not
-part of the project: `real_tasks` says which files it reads. Prints Markdown rows: mean and standard deviation over seeds
-on the test split, and the 95% interval of the mean; appends a BenchRecord a row to OUT/bench.jsonl.
+part of the project: `real_tasks` says which files it reads. Prints Markdown rows: mean and standard deviation over
+seeds on the test split, and the 95% interval of the mean; appends a BenchRecord a row to OUT/bench.jsonl.
 """
 
 import json
