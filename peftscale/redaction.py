@@ -20,7 +20,7 @@ _LEAST = 8
 """Shorter values are words and numbers that text holds anyway. Unit: characters."""
 _SHAPES = re.compile(
     r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"  # of a URL
-    r"|(?<=[?&])(?P<key>[\w.-]*(?:token|signature|secret|password|credential)[\w.-]*=)[^&\s'\")>]+"
+    r"|(?<=[?&])(?P<key>[\w.-]*(?:token|signature|secret|password|credential)[\w.-]*=)[^&\s'\")<>]+"
     r"|(?P<scheme>\bbearer )[\w.~+/=-]{8,}"
     r"|\b(?:hf_[a-z0-9]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|sk-[\w-]{20,}|AKIA[A-Z0-9]{16})\b",
     re.IGNORECASE,

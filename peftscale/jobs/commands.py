@@ -63,6 +63,11 @@ def submit(
 
     if follow + status + stop > 1:
         raise ConfigError("--follow, --status, --stop: give one of the three.")
+    if jobs.is_open_to_listeners(address):
+        report.note(
+            f"{address} is not encrypted: who listens has the token and the run's secrets. Unless the network is your "
+            f"own, use https, or `ssh -L 8265:127.0.0.1:8265 HEAD` and http://127.0.0.1:8265."
+        )
     if status or stop:
         name, cluster = configio.load(run_file, overrides or []).name, jobs.Cluster(address)
         job = cluster.newest(name)
@@ -86,11 +91,6 @@ def submit(
 def _started(cluster: "Cluster", run: "Package") -> "Submitted":
     from peftscale import report
 
-    if cluster.is_open_to_listeners:
-        report.note(
-            f"{cluster.address} is not encrypted: who listens has the token and the run's secrets. Use https, or "
-            f"`ssh -L 8265:127.0.0.1:8265 HEAD` and http://127.0.0.1:8265, unless the network is your own."
-        )
     job = cluster.submit(run)
     report.note(f"{job.id} is submitted; the same command with --follow shows its log, --stop ends it.")
     return job

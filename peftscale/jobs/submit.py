@@ -132,8 +132,7 @@ class Cluster:
             ClusterError: nobody answers there, not as a Ray, or does not let us in.
         """
         self.address = address.rstrip("/")
-        scheme, host = _parts(address)
-        self._is_here = _is_loopback(host)
+        self._is_here = _is_loopback(_parts(address)[1])
         self._token = auth.find()
         if self._token is None and not self._is_here:
             disabled = " RAY_AUTH_MODE=disabled must go, too." if auth.is_disabled() else ""
@@ -141,8 +140,6 @@ class Cluster:
                 f"--address {address}: is not on this machine, and there is no token for it; a Ray without one runs "
                 f"anybody's code. Start it with RAY_AUTH_MODE=token. {_GIVE_IT}{disabled}"
             )
-        self.is_open_to_listeners = scheme == "http" and not self._is_here
-        """Whether token, run file and secrets cross a network as they are."""
         with self._asked():
             from ray.job_submission import JobSubmissionClient
 
@@ -246,6 +243,8 @@ class Cluster:
         except (RuntimeError, ValueError, KeyError) as error:
             if "already exists" in str(error):
                 raise ClusterError(f"{self.address}: somebody has just submitted this run; see --status.") from error
+            if "No available agent" in str(error):
+                raise ClusterError(f"{self.address}: the cluster takes no jobs yet. Try again in a minute.") from error
             raise ClusterError(
                 f"{self.address}: what answers there is no job server of Ray, or it failed ({_first_line(error)}). The "
                 f"address is that of the cluster's dashboard, without a path behind it."
@@ -257,6 +256,16 @@ class Cluster:
                 return "the cluster asks for its token, and RAY_AUTH_MODE=disabled says that there is none."
             return f"the cluster asks for its token, and none was found here. {_GIVE_IT}"
         return f"the token of {self._token.source} is not the cluster's."
+
+
+def is_open_to_listeners(address: str) -> bool:
+    """Whether token, run file and secrets cross a network as they are.
+
+    Raises:
+        ConfigError: it is no address.
+    """
+    scheme, host = _parts(address)
+    return scheme == "http" and not _is_loopback(host)
 
 
 def _parts(address: str) -> tuple[str, str]:
