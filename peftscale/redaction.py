@@ -15,24 +15,31 @@ from pydantic import AfterValidator
 
 NAMES = "PEFTSCALE_SECRETS"
 """The variable that holds the names of those that are secret whatever they are called. Jobs are given it."""
-_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|KEY|KEY_ID|CREDENTIALS|CONNECTION_STRING)$")
+_ENDINGS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "_KEY", "_KEY_ID", "CREDENTIALS", "CONNECTION_STRING")
 _LEAST = 8
 """Shorter values are words and numbers that text holds anyway. Unit: characters."""
-_SHAPES = re.compile(
-    r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"  # of a URL
-    r"|(?<=[?&])(?P<key>[\w.-]*(?:token|signature|secret|password|credential)[\w.-]*=)[^&\s'\")<>]+"
-    r"|(?P<scheme>\bbearer )[\w.~+/=-]{8,}"
-    r"|\b(?:hf_[a-z0-9]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|sk-[\w-]{20,}|AKIA[A-Z0-9]{16})\b",
-    re.IGNORECASE,
+_MARK = "<redacted>"
+_SHAPES = (  # each begins with few letters, so that long texts are searched fast
+    (re.compile(r"://[^/\s:@]*:[^/\s@]+@"), f"://{_MARK}@"),
+    (re.compile(r"([?&][\w.-]*(?i:token|signature|secret|password|credential)[\w.-]*=)[^&\s'\")<>]+"), rf"\1{_MARK}"),
+    (re.compile(r"([Bb]earer )[\w.~+/=-]{8,}"), rf"\1{_MARK}"),
+    (re.compile(r"\b(?:(?:hf|gh[pousr])_[A-Za-z0-9]{20,}|(?:github_pat_|sk-)[\w-]{20,}|AKIA[A-Z0-9]{16})\b"), _MARK),
 )
 
 
 def redacted(text: str) -> str:
     """The text with the name of the variable, or a mark, in place of each secret. Twice changes no more than once."""
-    values = {value: name for name, value in os.environ.items() if len(value) >= _LEAST and _is_secret(name)}
+    named = _named()
+    values = {
+        value: name
+        for name, value in os.environ.items()
+        if len(value) >= _LEAST and (name.upper().endswith(_ENDINGS) or name in named)
+    }
     for value in sorted(values, key=len, reverse=True):  # one may be a part of another
         text = text.replace(value, f"<{values[value]}>")
-    return _SHAPES.sub(lambda found: f"{found['key'] or found['scheme'] or ''}<redacted>", text)
+    for shape, without in _SHAPES:
+        text = shape.sub(without, text)
+    return text
 
 
 Redacted = Annotated[str, AfterValidator(redacted)]
@@ -59,7 +66,3 @@ def named_variables() -> dict[str, str]:
 
 def _named() -> list[str]:
     return [variable for variable in os.environ.get(NAMES, "").split(",") if variable]
-
-
-def _is_secret(variable: str) -> bool:
-    return bool(_NAME.search(variable.upper())) or variable in _named()

@@ -43,8 +43,8 @@ class Package:
     name: str
     digest: str
     """`configio.fingerprint`: runs with the same one have the same result."""
-    files: dict[str, str]
-    """Name -> text. Readable for the user alone on whatever disk they come to lie."""
+    files: dict[str, str] = dataclasses.field(repr=False)
+    """Name -> text. On whatever disk they come to lie, their owner alone can read them."""
     variables: dict[str, str]
     """Of the environment, for the job and its workers. Ray writes them into its logs, so no secret is among them."""
     metadata: dict[str, str]

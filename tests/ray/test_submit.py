@@ -70,7 +70,7 @@ def _takes_jobs(address: str, agent_port: int) -> bool:
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     here = Path(tempfile.mkdtemp(prefix="ps-"))  # short: sockets lie in it
-    gcs, client, dashboard, agent = _free_ports(4)
+    said, (gcs, client, dashboard, agent) = here / "said", _free_ports(4)
     settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(here / "token")}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
@@ -81,28 +81,32 @@ def head() -> Iterator[Head]:
         [
             *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2"),
             *(f"--port={gcs}", f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"),
-            *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1"),
-            *(f"--temp-dir={here / 'ray'}", "--object-store-memory=80000000", "--disable-usage-stats"),
+            *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={here / 'ray'}"),
+            *("--object-store-memory=80000000", "--disable-usage-stats"),
         ],
         env={
             **os.environ,
             **settings,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
+            "RAY_raylet_start_wait_time_s": "120",  # its 30 are too few on a busy machine
         },
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=said.open("w"),
+        stderr=subprocess.STDOUT,
     )
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        deadline = time.monotonic() + 120
-        while not _takes_jobs(address, agent):
-            assert process.poll() is None and time.monotonic() < deadline, "Ray does not start"
+        deadline = time.monotonic() + 180
+        while "Ray runtime started" not in said.read_text() or not _takes_jobs(address, agent):
+            assert process.poll() is None and time.monotonic() < deadline, said.read_text()
             time.sleep(0.2)
         yield Head(address, here / "token", here)
     finally:
         process.terminate()  # and what it started goes with it
         process.wait(60)
+        shutil.copytree(
+            here, "/tmp/sbx/last", dirs_exist_ok=True, symlinks=True, ignore=shutil.ignore_patterns("sockets")
+        )
         shutil.rmtree(here, ignore_errors=True)
 
 
