@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from peftscale.base import host_memory, pack
 from peftscale.base.pack import PackedBase
 from peftscale.base.skeleton import Skeleton, build, read_config
 from peftscale.config import BaseConfig
 from peftscale.errors import ModelError
-from peftscale.facts.skeleton import max_positions
+from peftscale.facts.skeleton import max_positions, own_files
 
 if TYPE_CHECKING:
     from peftscale.base.shard import _Partition
@@ -274,6 +275,12 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
         return tokenizer
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if code := get_tokenizer_config(model_dir).get("auto_map"):
+            raise ModelError(
+                f"base.model={model_dir}: its tokenizer is code that came with it ({own_files(code)}), which is never "
+                f"run, and no file can allow it. Put a tokenizer.json of the same words there, and a "
+                f"tokenizer_config.json without auto_map."
+            ) from error
         raise ModelError(
             f"base.model={model_dir} has no tokenizer that transformers can read ({type(error).__name__}). "
             f"Put tokenizer.json and tokenizer_config.json beside config.json."

@@ -31,6 +31,7 @@ COMMANDS = {
     "train",
     "plan",
     "render",
+    "submit",
     "evaluate",
     "generate",
     "inspect",
