@@ -130,8 +130,8 @@ def run(cfg: RunConfig, work: Callable[[dict[str, Any]], dict[str, Any]], config
     except TrainingFailedError as error:
         failures = getattr(error, "worker_failures", {})
         causes = [f"rank {rank}: {last_line(cause)}" for rank, cause in sorted(failures.items())]
-        first = logs.first_error(cfg.logs_dir)
-        said = "" if first is None else f" First: {first.words()} (traceback: peftscale logs {cfg.run_dir})."
+        first = logs.cause(cfg.logs_dir)
+        said = "" if first is None else f" First: {first} (traceback: peftscale logs {cfg.run_dir})."
         raise TrainingError(f"the workers failed.{said} Ray: {'; '.join(causes) or last_line(error)}") from error
 
 

@@ -29,7 +29,9 @@ def test_workers_are_a_number_or_the_least_and_the_most_of_an_elastic_run(tmp_pa
 
 @pytest.mark.parametrize("wrong", [[0, 2], [3, 2], [2], [1, 2, 3], [1, 2.5], [], "two", -1, True, None])
 def test_other_numbers_of_workers_are_refused_with_what_was_got(tmp_path: Path, wrong: object) -> None:
-    with pytest.raises(ConfigError, match=r"1 problem.*\n  cluster.workers: must be a whole number >= 0, or \[least, m"):
+    with pytest.raises(
+        ConfigError, match=r"1 problem.*\n  cluster.workers: must be a whole number >= 0, or \[least, m"
+    ):
         tiny.run_config(tmp_path, **{"cluster.workers": wrong})
 
 
@@ -70,7 +72,9 @@ def _none(cfg: RunConfig, model_type: str) -> tuple[str, ...]:
 
 def test_an_elastic_job_asks_for_its_most_and_starts_with_its_fewest_nodes() -> None:
     def rendered(target: render.Target) -> str:
-        return render.render(CONFIGS / "cluster.yaml", ["cluster.workers=[9,32]", "cluster.deploy.secrets=[]"], target).text
+        return render.render(
+            CONFIGS / "cluster.yaml", ["cluster.workers=[9,32]", "cluster.deploy.secrets=[]"], target
+        ).text
 
     (group,) = list(yaml.safe_load_all(rendered("kuberay")))[-1]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert (group["minReplicas"], group["replicas"], group["maxReplicas"]) == (2, 4, 4)

@@ -1,0 +1,151 @@
+"""Promise 9 with real Ray: workers that are killed, or that hang, cost time and nothing else. Lost nodes are
+`test_nodes.py`, many kills `tests/bench/endurance.py`."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+import runs
+import tiny
+
+from peftscale import driver, workers
+from peftscale.config import RunConfig
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+STEPS, CHECKPOINT_EVERY = 60, 10
+PROMPT = {"kind": "prompt", "length": 5, "init": "vocabulary"}
+LARGE = {"kind": "prefix", "length": 3, "init": "zero", "reparam": "mlp", "reparam_hidden_size": 4096}
+"""4.3 MB, and 8.6 MB of moments: writing them takes long enough to be met."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where all runs of this file are kept, with one Ray for all of them."""
+    workers.set_ray_defaults()
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 1024**2
+    )
+    try:
+        yield tmp_path_factory.mktemp("failures")
+    finally:
+        ray.shutdown()
+
+
+def _config(tmp: Path, name: str, **changes: object) -> RunConfig:
+    return tiny.run_config(
+        tmp,
+        **{
+            "name": name,
+            "adapters": {"mood": PROMPT, "deep": LARGE},
+            "train.steps": STEPS,
+            "train.evaluate_every": 20,
+            "train.checkpoint_every": CHECKPOINT_EVERY,
+            "cluster.workers": 2,
+            "cluster.cpus_per_worker": 0.5,
+            **changes,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def calm(folder: Path) -> RunConfig:
+    """A run that nothing happened to."""
+    cfg = _config(folder, "calm")
+    summary = driver.run(cfg, show=False)
+    assert (summary.world_size, summary.sharding, summary.steps) == (2, "world", STEPS)
+    assert summary.reduced_bytes_per_step == summary.predicted.reduced_bytes_per_step > 4e6
+    assert summary.gathered_bytes_per_step == summary.predicted.gathered_bytes_per_step
+    return cfg
+
+
+def _disturbed(cfg: RunConfig, disturb: Callable[[RunConfig], None]) -> None:
+    """Run to the end while `disturb` does its worst beside it."""
+    failed: list[BaseException] = []
+
+    def beside() -> None:
+        try:
+            disturb(cfg)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=beside)
+    thread.start()
+    driver.run(cfg, show=False)
+    thread.join()
+    assert not failed, failed
+
+
+def _assert_same(cfg: RunConfig, calm: RunConfig, *, most_repeated: int) -> None:
+    assert runs.ends(cfg) == runs.ends(calm)
+    assert runs.losses(cfg) == runs.losses(calm)
+    assert runs.texts(cfg) == runs.texts(calm)
+    assert 0 < len(runs.steps(cfg)) - STEPS <= most_repeated
+
+
+def _workers_at(cfg: RunConfig, step: int, *, besides: tuple[psutil.Process, ...] = ()) -> list[psutil.Process]:
+    """The two workers, once they have taken the step; new ones where others are gone."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if max((row.step for row in runs.steps(cfg)), default=0) >= step:
+            ours = psutil.Process().children(recursive=True)  # another Ray may run on this machine
+            found = [p for p in ours if "RayTrainWorker" in _name(p) and p not in besides]
+            if len(found) == 2:
+                return found
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached by two workers")
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def _kill_in_a_step_and_in_a_save(cfg: RunConfig) -> None:
+    first = _workers_at(cfg, 25)
+    first[-1].kill()  # SIGKILL: nothing of it can run any more
+    second = _workers_at(cfg, 31, besides=tuple(first))
+    while True:  # the next save that is met while its files are being written
+        _wait_for(lambda: any(cfg.checkpoints_dir.glob(".step-*.partial")))
+        for process in second:
+            process.suspend()
+        if any(partial := list(cfg.checkpoints_dir.glob(".step-*.partial"))):
+            break
+        for process in second:
+            process.resume()
+    for process in second:
+        process.kill()
+    assert partial[0].exists() and not (cfg.checkpoints_dir / partial[0].name[1:].removesuffix(".partial")).exists()
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_workers_killed_in_a_step_and_in_a_save_cost_time_and_nothing_else(folder: Path, calm: RunConfig) -> None:
+    cfg = _config(folder, "killed")
+    _disturbed(cfg, _kill_in_a_step_and_in_a_save)
+    _assert_same(cfg, calm, most_repeated=2 * CHECKPOINT_EVERY)
+    assert sum("goes on from" in text for text in runs.notes(cfg)) == 2
+    assert sorted(path.name for path in cfg.checkpoints_dir.iterdir()) == ["step-50", "step-60"]
+
+
+def test_a_worker_that_hangs_is_replaced_once_the_others_have_waited_long_enough(folder: Path, calm: RunConfig) -> None:
+    cfg, hung = _config(folder, "hung", **{"cluster.collective_timeout_s": 10}), list[psutil.Process]()
+
+    def stop_one(cfg: RunConfig) -> None:
+        hung.append(_workers_at(cfg, 25)[-1])
+        hung[0].suspend()  # SIGSTOP: it is there, and does nothing
+
+    _disturbed(cfg, stop_one)
+    _assert_same(cfg, calm, most_repeated=CHECKPOINT_EVERY)
+    assert not hung[0].is_running()
