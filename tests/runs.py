@@ -1,6 +1,7 @@
 """What runs left behind, for tests that compare them: every step that was taken, in order, and where adapters ended."""
 
 import hashlib
+import itertools
 from pathlib import Path
 
 import torch
@@ -25,6 +26,12 @@ def notes(cfg: RunConfig) -> list[str]:
 
 def _rows(cfg: RunConfig) -> list[records.Record]:
     return list(records.read(cfg.metrics_path)) if cfg.metrics_path.exists() else []
+
+
+def repeated(cfg: RunConfig) -> list[int]:
+    """Steps that were taken again, for each time that the run went back."""
+    taken = [row.step for row in steps(cfg)]
+    return [before - after + 1 for before, after in itertools.pairwise(taken) if after <= before]
 
 
 def texts(cfg: RunConfig) -> list[int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+import ray_workers
 import runs
 import tiny
 
@@ -87,35 +88,23 @@ def _assert_same(cfg: RunConfig, calm: RunConfig, *, most_repeated: int) -> None
     assert 0 < len(runs.steps(cfg)) - STEPS <= most_repeated
 
 
-def _workers_at(cfg: RunConfig, step: int, *, besides: tuple[psutil.Process, ...] = ()) -> list[psutil.Process]:
-    """The two workers, once they have taken the step; new ones where others are gone."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if max((row.step for row in runs.steps(cfg)), default=0) >= step:
-            ours = psutil.Process().children(recursive=True)  # another Ray may run on this machine
-            found = [p for p in ours if "RayTrainWorker" in _name(p) and p not in besides]
-            if len(found) == 2:
-                return found
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached by two workers")
-
-
-def _name(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
+def _workers_at(cfg: RunConfig, step: int, old: list[psutil.Process] | None = None) -> list[psutil.Process]:
+    """The two workers, new ones where there are old ones, once they have taken the step."""
+    _wait_for(lambda: bool(runs.steps(cfg)))
+    found = ray_workers.fresh(2, old or [])
+    _wait_for(lambda: runs.steps(cfg)[-1].step >= step)
+    return found
 
 
 def _kill_in_a_step_and_in_a_save(cfg: RunConfig) -> None:
     first = _workers_at(cfg, 25)
     first[-1].kill()  # SIGKILL: nothing of it can run any more
-    second = _workers_at(cfg, 31, besides=tuple(first))
+    second = _workers_at(cfg, 0, old=first)
     while True:  # the next save that is met while its files are being written
         _wait_for(lambda: any(cfg.checkpoints_dir.glob(".step-*.partial")))
         for process in second:
             process.suspend()
-        if any(partial := list(cfg.checkpoints_dir.glob(".step-*.partial"))):
+        if partial := list(cfg.checkpoints_dir.glob(".step-*.partial")):
             break
         for process in second:
             process.resume()
