@@ -16,7 +16,7 @@ import tiny
 from peftscale import driver, workers
 from peftscale.config import RunConfig
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(2000)]
 
 STEPS, CHECKPOINT_EVERY = 60, 10
 PROMPT = {"kind": "prompt", "length": 5, "init": "vocabulary"}
