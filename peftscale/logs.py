@@ -11,7 +11,7 @@ import re
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -139,12 +139,18 @@ def follow(directory: Path, ranks: Sequence[int], level: str, until: Callable[[]
         time.sleep(_POLL_S)
 
 
-def cause(directory: Path) -> str | None:
-    """What ended the ranks that began the last time, in one line: which rank, on which host, which error. None where
-    none of them wrote an error.
+def cause(directory: Path, gone: Collection[int] = ()) -> str | None:
+    """What ended the ranks that began the last time, in one line: which rank, on which host, which error.
 
-    The first error that is not about another rank. Where all are, a rank that wrote none was killed, or hangs. The
-    clocks of hosts are taken to agree.
+    The first error that is not about another rank. Where there is none, a rank that wrote nothing was killed, or hangs.
+    The clocks of hosts are taken to agree.
+
+    Args:
+        directory: of the log files.
+        gone: ranks that are known to have died.
+
+    Returns:
+        None where no rank wrote an error and none is known to be gone.
     """
     lines = read(directory)
     begun = {line.rank: line for line in lines if line.message == _BEGINS}
@@ -153,14 +159,14 @@ def cause(directory: Path) -> str | None:
     of_last = [line for line in begun.values() if _seconds(line.time, last_begin) < _START_S]
     since = min((line.time for line in of_last), default="")
     failed = [line for line in lines if line.level == "error" and line.time >= since]
-    if not failed:
-        return None
     own = [line for line in failed if not _ABOUT_OTHERS.search(line.message)]
-    silent = [line for line in of_last if line.rank not in {line.rank for line in failed}]
+    wrote = {line.rank for line in failed}
+    silent = [line for line in of_last if line.rank not in wrote and (failed or line.rank in gone)]
     if own or not silent:
-        return (own or failed)[0].words()
-    named = ", ".join(f"rank {line.rank} on {line.host}" for line in silent)
-    return f"{named} was killed or hangs, without a word. It was missed by {failed[0].words()}"
+        return next((line.words() for line in (*own, *failed)), None)
+    named = " and ".join(f"rank {line.rank} on {line.host}" for line in silent)
+    missed = f"; it was missed by {failed[0].words()}" if failed else ""
+    return f"{named} was killed or hangs, without a word{missed}"
 
 
 def _seconds(start: str, end: str) -> float:

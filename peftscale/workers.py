@@ -130,7 +130,8 @@ def run(cfg: RunConfig, work: Callable[[dict[str, Any]], dict[str, Any]], config
     except TrainingFailedError as error:
         failures = getattr(error, "worker_failures", {})
         causes = [f"rank {rank}: {last_line(cause)}" for rank, cause in sorted(failures.items())]
-        first = logs.cause(cfg.logs_dir)
+        gone = [rank for rank, cause in failures.items() if type(cause).__name__.startswith("WorkerHealthCheck")]
+        first = logs.cause(cfg.logs_dir, gone)
         said = "" if first is None else f" First: {first} (traceback: peftscale logs {cfg.run_dir})."
         raise TrainingError(f"the workers failed.{said} Ray: {'; '.join(causes) or last_line(error)}") from error
 

@@ -1,6 +1,8 @@
 """Promise 9 with real Ray: workers that are killed, or that hang, cost time and nothing else. Lost nodes are
 `test_nodes.py`, many kills `tests/bench/endurance.py`."""
 
+import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ import tiny
 
 from peftscale import driver, workers
 from peftscale.config import RunConfig
+from peftscale.errors import TrainingError
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(2000)]
 
@@ -76,8 +79,10 @@ def _disturbed(cfg: RunConfig, disturb: Callable[[RunConfig], None]) -> None:
 
     thread = threading.Thread(target=beside)
     thread.start()
-    driver.run(cfg, show=False)
-    thread.join()
+    try:
+        driver.run(cfg, show=False)
+    finally:
+        thread.join()
     assert not failed, failed
 
 
@@ -101,7 +106,7 @@ def _kill_in_a_step_and_in_a_save(cfg: RunConfig) -> None:
     first[-1].kill()  # SIGKILL: nothing of it can run any more
     second = _workers_at(cfg, 0, old=first)
     while True:  # the next save that is met while its files are being written
-        _wait_for(lambda: any(cfg.checkpoints_dir.glob(".step-*.partial")))
+        _wait_for(lambda: any(cfg.checkpoints_dir.glob(".step-*.partial")), every_s=0.001)
         for process in second:
             process.suspend()
         if partial := list(cfg.checkpoints_dir.glob(".step-*.partial")):
@@ -113,11 +118,11 @@ def _kill_in_a_step_and_in_a_save(cfg: RunConfig) -> None:
     assert partial[0].exists() and not (cfg.checkpoints_dir / partial[0].name[1:].removesuffix(".partial")).exists()
 
 
-def _wait_for(condition: Callable[[], bool]) -> None:
+def _wait_for(condition: Callable[[], bool], *, every_s: float = 0.05) -> None:
     deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.001)
+        time.sleep(every_s)
 
 
 def test_workers_killed_in_a_step_and_in_a_save_cost_time_and_nothing_else(folder: Path, calm: RunConfig) -> None:
@@ -138,3 +143,10 @@ def test_a_worker_that_hangs_is_replaced_once_the_others_have_waited_long_enough
     _disturbed(cfg, stop_one)
     _assert_same(cfg, calm, most_repeated=CHECKPOINT_EVERY)
     assert not hung[0].is_running()
+
+
+def test_a_run_that_is_given_up_says_which_rank_was_killed_and_where(folder: Path) -> None:
+    cfg, host = _config(folder, "given-up", **{"cluster.retries": 0}), re.escape(socket.gethostname())
+    word = rf"First: rank [01] on {host} was killed or hangs, without a word; it was missed by rank [01] on {host}"
+    with pytest.raises(TrainingError, match=word):
+        _disturbed(cfg, lambda cfg: _workers_at(cfg, 5)[-1].kill())

@@ -56,11 +56,18 @@ def test_of_ranks_that_only_miss_another_one_the_one_without_a_word_is_the_cause
         _failed(tmp_path, 2, waited, step=7)
         host = socket.gethostname()
         assert logs.cause(tmp_path) == (
-            f"rank 1 on {host} was killed or hangs, without a word. It was missed by rank 0 on {host} at step 7: "
+            f"rank 1 on {host} was killed or hangs, without a word; it was missed by rank 0 on {host} at step 7: "
             f"RuntimeError: {waited}"
         )
     _failed(tmp_path, 1, waited, step=7)
     assert logs.cause(tmp_path) == f"rank 0 on {host} at step 7: RuntimeError: {waited}"
+
+
+def test_a_rank_that_is_known_to_be_gone_is_the_cause_where_nobody_had_the_time_to_miss_it(tmp_path: Path) -> None:
+    with logs.kept(tmp_path, 0), logs.kept(tmp_path, 1), logs.kept(tmp_path, 2):
+        assert logs.cause(tmp_path) is None
+        found = logs.cause(tmp_path, gone=[2])
+    assert found == f"rank 2 on {socket.gethostname()} was killed or hangs, without a word"
 
 
 def test_a_line_that_a_kill_cut_is_left_out_and_the_rest_is_read(tmp_path: Path) -> None:
