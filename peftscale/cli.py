@@ -96,7 +96,7 @@ def plan(
         cfg,
         facts.load(_config_dir(cfg.base.model, cfg.base.revision)),
         machines,
-        world=None if hardware else max(1, cfg.cluster.workers),
+        worlds=() if hardware else planning.worlds_of(cfg),
         price_per_gpu_hour=price_per_gpu_hour,
         lora_targets=_lora_targets,
     )
@@ -106,9 +106,8 @@ def plan(
         report.show(planning.table(plans))
         for line in (line for item in plans for line in item.lines()):
             report.note(line)
-    if not all(item.fits for item in plans):
-        where = {item.hardware: f"{item.hardware}: " if len(plans) > 1 else "" for item in plans}
-        raise ConfigError("\n".join(where[item.hardware] + problem for item in plans for problem in item.problems))
+    if problems := planning.misfits(plans):
+        raise ConfigError("\n".join(problems))
 
 
 @app.command()

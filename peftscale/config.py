@@ -6,9 +6,9 @@ imports torch, so that a laptop can check a run file in milliseconds.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from peftscale.baseline_config import FewShotConfig, FullFinetuningConfig, LoraConfig, Method
 from peftscale.deploy_config import DeployConfig
@@ -28,6 +28,7 @@ Quantization = Literal["nf4", "int8", "none"]
 ComputeDtype = Literal["bfloat16", "float32"]
 Sharding = Literal["auto", "replicated", "node", "world"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+COLLECTIVE_TIMEOUT_S = 1800.0
 MEAN_OF_TASKS = "mean_of_tasks"
 """What decides which state of an adapter of several tasks is the best: the mean of their first metrics."""
 
@@ -237,8 +238,9 @@ def refuse_endless_warm_ups(adapters: Mapping[str, AdapterSettings], of_run: Opt
 class ClusterConfig(Frozen):
     """What Ray is asked for."""
 
-    workers: NonNegativeInt
-    """Ranks. 0: in this process (or the ranks of torchrun), without Ray."""
+    workers: NonNegativeInt | tuple[PositiveInt, PositiveInt]
+    """Ranks. 0: in this process (or the ranks of torchrun), without Ray. [least, most]: elastic, as many as there is
+    room for; a run that loses some goes on with the others and takes on new ones, with the same global batch."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     cpus_per_worker: PositiveFloat = 1
     """Fractions are allowed: Ray counts them, it does not enforce them."""
@@ -246,8 +248,51 @@ class ClusterConfig(Frozen):
     """Where runs are kept, as <storage>/<name>. Shared by all nodes. Taken relative to the run file."""
     retries: NonNegativeInt = 3
     """How often a dead worker group is started again from the last checkpoint."""
+    collective_timeout_s: PositiveFloat = COLLECTIVE_TIMEOUT_S
+    """How long a rank waits for another one that hangs, before the group is started again. Ranks wait for each other at
+    every gather, and while one of them saves, or packs its node's copy of the base."""
     deploy: DeployConfig | None = None
     """What `peftscale render` needs beside the keys above."""
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def workers_are_a_number_or_two(cls, workers: Any) -> Any:
+        is_list = isinstance(workers, list | tuple)
+        numbers = workers if is_list else [workers]
+        is_whole = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+        is_pair = is_whole and len(numbers) == 2 and 1 <= numbers[0] <= numbers[1]
+        if not (is_pair if is_list else is_whole and workers >= 0):
+            raise ValueError(
+                f"must be a whole number >= 0, or [least, most] of an elastic run, with 1 <= least <= most; got "
+                f"{workers!r}"
+            )
+        return tuple(workers) if is_list else workers
+
+    @model_validator(mode="after")
+    def places_of_an_elastic_run_can_be_counted(self) -> Self:
+        # Ray divides the sum of the workers' shares by one share, in floating point.
+        for key, share in (("cpus_per_worker", self.cpus_per_worker), ("gpus_per_worker", self.gpus_per_worker)):
+            if self.is_elastic and not float(share * 1024).is_integer():
+                raise ValueError(
+                    f"{key}: Ray cannot count the places of an elastic run exactly in shares of {share:g}; take a "
+                    f"whole number, 0.5 or 0.25"
+                )
+        return self
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of ranks may change while it runs."""
+        return isinstance(self.workers, tuple)
+
+    @property
+    def min_workers(self) -> int:
+        """Ranks without which the run does not start."""
+        return self.workers[0] if isinstance(self.workers, tuple) else self.workers
+
+    @property
+    def max_workers(self) -> int:
+        """Ranks that are asked for. 0: without Ray."""
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
 
 
 class RunConfig(Frozen):
@@ -328,6 +373,11 @@ class RunConfig(Frozen):
             wrong.append("few_shot: calibrated compares the likelihoods of task.labels, and this task has none")
         if train.warmup_steps >= train.steps:
             wrong.append(f"{method}: train.warmup_steps={train.warmup_steps} must be less than steps={train.steps}")
+        if method in ("full_finetuning", "few_shot") and self.cluster.is_elastic:
+            wrong.append(
+                f"method: {method!r} keeps no checkpoint, so that every change of workers would start it anew; "
+                f"cluster.workers must be one number, got [{self.cluster.min_workers}, {self.cluster.max_workers}]"
+            )
         if wrong:
             raise ValueError("\n".join(wrong))
         return self

@@ -1,13 +1,12 @@
 """The driver: work of a run file, in this process or as Ray workers: train, evaluate, generate.
 
-Ray starts the workers, restarts a dead group, and carries the result back; checkpoints and metrics are ours. What a
-worker does is `train.worker` and `train.use`.
+Ray starts the workers, restarts a dead group, and carries the result back (`workers`); checkpoints and metrics are
+ours. What a worker does is `train.worker` and `train.use`.
 """
 
 import contextlib
 import json
 import logging
-import math
 import os
 import shutil
 import traceback
@@ -16,7 +15,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftscale import auth, catalogue, configio, errors, gauges, logs, machine, plan, progress, records, redaction
+from peftscale import (
+    auth,
+    catalogue,
+    configio,
+    errors,
+    gauges,
+    logs,
+    machine,
+    plan,
+    progress,
+    records,
+    redaction,
+    workers,
+)
 from peftscale.config import RunConfig, TaskConfig
 from peftscale.errors import AdapterError, CheckpointError, ClusterError, ConfigError, PeftscaleError, TrainingError
 from peftscale.records import Record, RunSummary, StepRecord
@@ -40,10 +52,10 @@ def run(cfg: RunConfig, *, resume: bool = False, show: bool = True) -> RunSummar
         PeftscaleError: the user's input is wrong; nothing of a new run is left behind.
         TrainingError: the run failed.
     """
-    is_main = int(os.environ.get("RANK", "0")) == 0 or cfg.cluster.workers > 0
+    is_main = int(os.environ.get("RANK", "0")) == 0 or cfg.cluster.max_workers > 0
     if resume and cfg.method in _NOT_RESUMED:
         raise CheckpointError(f"--resume {cfg.name}: {_NOT_RESUMED[cfg.method]} Start it under another name.")
-    if cfg.cluster.workers > 0:
+    if cfg.cluster.max_workers > 0:
         _check_resources(cfg)  # before anything is written
     made = _open_run_dir(cfg, resume=resume) if is_main else []
     try:
@@ -221,7 +233,7 @@ def _work(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[str, Any]:
     """Run one of `_TASKS` here or on Ray."""
     plan.refuse_what_is_only_planned(cfg.base)
     redaction.name(cfg.cluster.deploy.secret_references if cfg.cluster.deploy else ())
-    if cfg.cluster.workers == 0:
+    if cfg.cluster.max_workers == 0:
         return _TASKS[task](cfg, payload)
     _check_resources(cfg)
     return _run_with_ray(cfg, task, payload)
@@ -229,9 +241,9 @@ def _work(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[str, Any]:
 
 def _train(cfg: RunConfig, payload: dict[str, Any]) -> dict[str, Any]:
     from peftscale import baselines
-    from peftscale.train import worker
+    from peftscale.train import journal, worker
 
-    uses_ray, rank = cfg.cluster.workers > 0, int(os.environ.get("RANK", "0"))
+    uses_ray, rank = cfg.cluster.max_workers > 0, int(os.environ.get("RANK", "0"))
 
     def report(step: int) -> None:
         if uses_ray:
@@ -249,7 +261,8 @@ def _train(cfg: RunConfig, payload: dict[str, Any]) -> dict[str, Any]:
             if live is not None:
                 live.show(row)
 
-        return main(cfg, report, watch).model_dump(mode="json")
+        is_leaving = workers.is_leaving if uses_ray else journal.never
+        return main(cfg, report, watch, is_leaving).model_dump(mode="json")
 
 
 def _scores(cfg: RunConfig, payload: dict[str, Any]) -> dict[str, Any]:
@@ -309,40 +322,12 @@ def _remove_empty(directories: Sequence[Path]) -> None:
 def _check_resources(cfg: RunConfig) -> None:
     """Refuse what Ray would wait for without end. A cluster elsewhere is asked once it is joined."""
     if not os.environ.get("RAY_ADDRESS"):
-        _refuse_too_much(cfg, machine.num_cpus(), len(machine.accelerators()), "this machine")
-
-
-def _refuse_too_much(cfg: RunConfig, num_cpus: float, num_gpus: float, where: str) -> None:
-    cluster = cfg.cluster
-    for key, each, have in (("cpus", cluster.cpus_per_worker, num_cpus), ("gpus", cluster.gpus_per_worker, num_gpus)):
-        if cluster.workers * each > have:
-            raise ClusterError(
-                f"cluster.workers={cluster.workers} x cluster.{key}_per_worker={each:g} needs "
-                f"{cluster.workers * each:g} {key.upper()[:-1]}s, {where} has {have:g}; Ray would wait for ever. "
-                f"Lower cluster.workers or cluster.{key}_per_worker."
-            )
-
-
-def _refuse_too_few_places(cfg: RunConfig, nodes: Sequence[Mapping[str, float]]) -> None:
-    """A worker lies on one node: what counts is how many each can hold, not the sum over the cluster."""
-    wanted = {"CPU": cfg.cluster.cpus_per_worker, "GPU": cfg.cluster.gpus_per_worker}
-    places = sum(
-        math.floor(min(node.get(kind, 0) / each for kind, each in wanted.items() if each) + 1e-9) for node in nodes
-    )
-    if places < cfg.cluster.workers:
-        raise ClusterError(
-            f"cluster.workers={cfg.cluster.workers}: the {len(nodes)} node(s) of the Ray cluster have room for "
-            f"{places} worker(s) of cluster.cpus_per_worker={wanted['CPU']:g} and "
-            f"cluster.gpus_per_worker={wanted['GPU']:g}; Ray would wait for ever. Lower one of the three."
-        )
+        workers.refuse_too_much(cfg, machine.num_cpus(), len(machine.accelerators()), "this machine")
 
 
 def _run_with_ray(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[str, Any]:
-    _set_ray_defaults()
+    workers.set_ray_defaults()
     import ray
-    from ray.train import FailureConfig, ScalingConfig
-    from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
 
     started_here = not ray.is_initialized()
     if started_here:
@@ -350,53 +335,14 @@ def _run_with_ray(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[st
     # A new name each time: Ray resumes what it finds under an old one, and the state to resume is ours.
     own = cfg.cluster.storage / ".ray" / f"{task}-{uuid.uuid4().hex[:8]}"
     try:
-        _refuse_too_few_places(cfg, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-        use_gpu = cfg.cluster.gpus_per_worker > 0
-        trainer = TorchTrainer(
-            _worker_with(redaction.named_variables()),
-            train_loop_config={"cfg": configio.dump(cfg), "task": task, "payload": payload},
-            scaling_config=ScalingConfig(
-                num_workers=cfg.cluster.workers,
-                use_gpu=use_gpu,
-                resources_per_worker={
-                    "CPU": cfg.cluster.cpus_per_worker,
-                    **({"GPU": cfg.cluster.gpus_per_worker} if use_gpu else {}),
-                },
-            ),
-            run_config=RayRunConfig(
-                name=own.name,
-                storage_path=str(own.parent),
-                failure_config=FailureConfig(max_failures=cfg.cluster.retries),
-            ),
-            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        )
-        return _result(_fit(cfg, trainer))
+        workers.refuse_too_few_places(cfg, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        config = {"cfg": configio.dump(cfg), "task": task, "payload": payload}
+        return _result(workers.run(cfg, _worker_with(redaction.named_variables()), config, own=own))
     finally:
         if started_here:
             ray.shutdown()
         shutil.rmtree(own, ignore_errors=True)  # a marker of Ray's; nothing of ours
         _remove_empty([own.parent])
-
-
-def _fit(cfg: RunConfig, trainer: Any) -> dict[str, Any]:
-    from ray.train import TrainingFailedError
-
-    try:
-        value: dict[str, Any] = trainer.fit().return_value
-        return value
-    except SystemExit as stop:  # Ray's own answer to Ctrl-C
-        raise KeyboardInterrupt from stop
-    except TrainingFailedError as error:
-        failures = getattr(error, "worker_failures", {})
-        causes = [f"rank {rank}: {_last_line(cause)}" for rank, cause in sorted(failures.items())]
-        first = logs.first_error(cfg.logs_dir)
-        said = "" if first is None else f" First: {first.words()} (traceback: peftscale logs {cfg.run_dir})."
-        raise TrainingError(f"the workers failed.{said} Ray: {'; '.join(causes) or _last_line(error)}") from error
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _result(value: dict[str, Any]) -> dict[str, Any]:
@@ -433,18 +379,6 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         raise RuntimeError(f"{type(error).__name__}, with a secret taken out:\n{shown}") from None
 
 
-def _set_ray_defaults() -> None:
-    """Before ray is imported. What the user has set stays."""
-    for name, value in {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # it would pack the working directory for local runs
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        "TOKENIZERS_PARALLELISM": "false",
-    }.items():
-        os.environ.setdefault(name, value)
-
-
 def _start_ray(ray: Any) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
@@ -452,7 +386,7 @@ def _start_ray(ray: Any) -> None:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ClusterError(
-                f"RAY_ADDRESS={address}: no Ray cluster answers there ({_last_line(error)}). "
+                f"RAY_ADDRESS={address}: no Ray cluster answers there ({workers.last_line(error)}). "
                 f"Unset it to run on this machine."
             ) from error
         return

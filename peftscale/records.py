@@ -41,6 +41,11 @@ class StepRecord(Row):
     """The highest of the adapters that were updated; 0 where none was."""
     learning_rates: dict[str, float] = Field(default_factory=dict)
     """Of each adapter that was updated, where they are not all the same."""
+    examples: dict[str, int] = Field(default_factory=dict)
+    """Of each adapter that still trained, its examples up to the end of this step, over all ranks and epochs: the
+    position in the order that its seed gives."""
+    texts_crc32: int = 0
+    """Checksum of the global batch, in its order: the same where the same examples were trained on."""
     tokens: int
     """Input and target tokens of the global batch, without padding and without virtual tokens."""
     seconds: float

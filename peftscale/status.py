@@ -37,7 +37,7 @@ class RunStatus(Row):
     checkpoint: str | None
     """The newest one."""
     error: str | None
-    """What failed first, of any rank, since the ranks began the last time."""
+    """What ended the ranks that began the last time (`logs.cause`)."""
 
 
 def find(where: Path) -> list[Path]:
@@ -94,7 +94,7 @@ def of(directory: Path) -> RunStatus:
     silent = time.time() - _last_sign(directory)
     has_ended = (directory / "summary.json").exists()
     is_going = not has_ended and silent < max(_SILENT_S, 5 * pace)
-    failure = None if has_ended else logs.first_error(cfg.logs_dir)
+    failure = None if has_ended else logs.cause(cfg.logs_dir)
     return RunStatus(
         name=cfg.name,
         dir=str(directory),
@@ -110,7 +110,7 @@ def of(directory: Path) -> RunStatus:
         seconds_left=pace * (cfg.num_steps - last.step) if last and is_going else None,
         silent_seconds=silent,
         checkpoint=_newest_checkpoint(directory),
-        error=None if failure is None else failure.words(),
+        error=failure,
     )
 
 

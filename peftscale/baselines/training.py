@@ -24,7 +24,7 @@ from peftscale.baselines import budget, lora, model
 from peftscale.baselines import task as baseline_task
 from peftscale.baselines.full import Full
 from peftscale.config import RunConfig, TrainConfig
-from peftscale.data.batches import Cursor, Item, plan_passes, training_items
+from peftscale.data.batches import Cursor, Item, checksum, plan_passes, training_items
 from peftscale.data.rows import Split
 from peftscale.data.tasks import TaskData
 from peftscale.errors import TrainingError
@@ -32,7 +32,7 @@ from peftscale.plan import Plan, Work
 from peftscale.records import AdapterSummary, EvaluationRecord, RunSummary, StepRecord
 from peftscale.train import checkpoint, comm, evaluate, memory, optim, step, summary, worker, workload
 from peftscale.train.checkpoint import AdapterProgress, Identity
-from peftscale.train.journal import Journal, Watch
+from peftscale.train.journal import Journal, Leaving, Watch, never
 
 
 class Learner(Protocol):
@@ -78,7 +78,12 @@ class Job:
 
 
 def run(
-    cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, report: Callable[[int], None], watch: Watch
+    cfg: RunConfig,
+    device: torch.device,
+    peak: memory.PeakMemory,
+    report: Callable[[int], None],
+    watch: Watch,
+    is_leaving: Leaving,
 ) -> RunSummary:
     """Train the run file's baseline from its start, or from its last checkpoint. The same summary on every rank.
 
@@ -92,7 +97,8 @@ def run(
     comm.together(lambda: budget.of_training(cfg, device, world=comm.world_size()))
     peak.restart()  # data and its libraries are not the base's
     base = comm.together(lambda: model.load(cfg.base, device))
-    journal = Journal(cfg, watch)
+    # Full fine-tuning keeps no checkpoint: a notice helps it nothing.
+    journal = Journal(cfg, watch, is_leaving if cfg.method == "lora" else never)
     learner: Learner = (lora.Lora if cfg.method == "lora" else Full)(base, cfg, journal)
     with closing(learner):
         identity = Identity(
@@ -162,7 +168,7 @@ def _train(job: Job, planned: Plan) -> RunSummary:
             progress.outcome = "finished"
         if progress.outcome or progress.steps % job.train.evaluate_every == 0:
             _evaluate(job)
-        if progress.outcome or progress.steps % job.train.checkpoint_every == 0:
+        if job.journal.is_due(progress.steps, job.train.checkpoint_every) or progress.outcome:
             job.seconds = time.perf_counter() - start
             _save(job)
     job.learner.restore()
@@ -189,6 +195,8 @@ def _step(job: Job) -> None:
             step=progress.steps,
             adapters={cfg.method: float(loss)},
             learning_rate=rate or 0.0,
+            examples={cfg.method: progress.cursor.position},
+            texts_crc32=checksum(items),
             tokens=num_tokens,
             seconds=seconds,
             tokens_per_s=num_tokens / seconds,

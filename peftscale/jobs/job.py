@@ -33,6 +33,8 @@ class Job:
     target: str
     deploy: DeployConfig | None
     num_nodes: int
+    least_nodes: int
+    """Of an elastic run, those that it starts with; all of another one."""
     workers_per_node: int
     cpus: int
     """Of a node, for its workers. `gpus` and `memory_gb` likewise."""
@@ -95,17 +97,18 @@ def of(path: Path, overrides: Sequence[str], target: str) -> Job:
     """
     cfg = configio.load(path, overrides)
     cluster, deploy = cfg.cluster, cfg.cluster.deploy
-    if cluster.workers == 0:
+    most = cluster.max_workers
+    if most == 0:
         raise ConfigError(f"cluster.workers: --target {target} starts workers, got 0; say how many.")
     if deploy is None and target != TORCHRUN:
         _refuse_missing("workers_per_node", target)
-    each = deploy.workers_per_node if deploy else cluster.workers  # torchrun: all on this machine
-    each = min(each, cluster.workers)
-    if cluster.workers % each:
+    each = deploy.workers_per_node if deploy else most  # torchrun: all on this machine
+    each = min(each, most)
+    if most % each:
         raise ConfigError(
-            f"cluster.workers={cluster.workers} is no multiple of cluster.deploy.workers_per_node={each}, so that "
-            f"GPUs of the last node would be paid for and idle. Take {cluster.workers // each * each} or "
-            f"{(cluster.workers // each + 1) * each} workers, or other nodes."
+            f"cluster.workers={most} is no multiple of cluster.deploy.workers_per_node={each}, so that "
+            f"GPUs of the last node would be paid for and idle. Take {most // each * each} or "
+            f"{(most // each + 1) * each} workers, or other nodes."
         )
     place = here if target in ON_THIS_FILE_SYSTEM else Place(deploy.shared if deploy else None, target)
     raw = standing_alone(path, overrides, place)
@@ -115,7 +118,8 @@ def of(path: Path, overrides: Sequence[str], target: str) -> Job:
         name=cfg.name,
         target=target,
         deploy=deploy,
-        num_nodes=cluster.workers // each,
+        num_nodes=most // each,
+        least_nodes=math.ceil(cluster.min_workers / each),
         workers_per_node=each,
         cpus=math.ceil(each * cluster.cpus_per_worker),
         gpus=math.ceil(each * cluster.gpus_per_worker),

@@ -100,7 +100,7 @@ def _ray_job(name: str, job: Job) -> dict[str, Any]:
                     {
                         "groupName": "workers",
                         "replicas": job.num_nodes,
-                        "minReplicas": job.num_nodes,
+                        "minReplicas": job.least_nodes,
                         "maxReplicas": job.num_nodes,
                         "rayStartParams": {"object-store-memory": str(OBJECT_STORE_BYTES)},
                         "template": _pod(name, job, "worker", _worker_resources(job)),

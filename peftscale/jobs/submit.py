@@ -85,7 +85,7 @@ def package(run_file: Path, overrides: Sequence[str]) -> Package:
             are not set here.
     """
     cfg = configio.load(run_file, overrides)
-    if cfg.cluster.workers == 0:
+    if cfg.cluster.max_workers == 0:
         raise ConfigError("cluster.workers: a job starts workers on its cluster, got 0; say how many.")
     deploy = cfg.cluster.deploy
     shared = deploy.shared if deploy else None

@@ -11,7 +11,7 @@ from peftscale.errors import ConfigError
 from peftscale.facts import BaseFacts, dtype_bytes
 from peftscale.plan import baselines, pace, verdict
 from peftscale.plan.adapters import kept, trained_numbers
-from peftscale.plan.figures import Placement, Plan, identity, show, table
+from peftscale.plan.figures import Placement, Plan, identity, misfits, show, table
 from peftscale.plan.hardware import Hardware, detect
 from peftscale.plan.memory import (
     CONTROL_BYTES,
@@ -44,10 +44,12 @@ __all__ = [
     "evaluation_bytes",
     "expected",
     "make",
+    "misfits",
     "place",
     "refuse_what_is_only_planned",
     "show",
     "table",
+    "worlds_of",
 ]
 
 
@@ -56,17 +58,17 @@ def compare(
     facts: BaseFacts,
     machines: Sequence[Hardware],
     *,
-    world: int | None,
+    worlds: Sequence[int] = (),
     price_per_gpu_hour: float | None = None,
     lora_targets: Callable[[RunConfig, str], Sequence[str]],
 ) -> list[Plan]:
-    """Plan a run file, whatever its method, on each machine.
+    """Plan a run file, whatever its method, on each machine and for each number of ranks.
 
     Args:
         cfg: the run file.
         facts: of its base.
         machines: what it would run on.
-        world: ranks. None: every GPU of a machine, or cluster.workers on CPU.
+        worlds: numbers of ranks. None given: every GPU of a machine, or the most of cluster.workers on CPU.
         price_per_gpu_hour: of one rank's device, in any currency.
         lora_targets: (run file, model type) -> names of the linears that LoRA takes.
 
@@ -75,8 +77,7 @@ def compare(
     """
     targets = lora_targets(cfg, facts.model_type) if cfg.method == "lora" else ()
     plans = []
-    for machine in machines:
-        ranks = world if world is not None else num_ranks(cfg, machine)
+    for machine, ranks in ((of, n) for of in machines for n in worlds or (num_ranks(cfg, of),)):
         match cfg.method:
             case "adapters":
                 plans.append(make(cfg, facts, machine, world=ranks, price_per_gpu_hour=price_per_gpu_hour))
@@ -105,7 +106,7 @@ def make(
         cfg: the run file.
         facts: of its base.
         hardware: what it would run on.
-        world: ranks. None: every GPU of `hardware`, or cluster.workers on CPU.
+        world: ranks. None: every GPU of `hardware`, or the most of cluster.workers on CPU.
         work: of one rank, where the data is known. None: what the run file lets expect.
         modes: shardings that base.sharding=auto may take.
         placed: where the base lies already. None: decided here.
@@ -195,9 +196,14 @@ def _place_alone(
     return placed, need_of(placed.sharding)
 
 
+def worlds_of(cfg: RunConfig) -> tuple[int, ...]:
+    """The ranks that a run asks for; of an elastic one the fewest too, on which it has to fit as well."""
+    return tuple(dict.fromkeys(max(1, n) for n in (cfg.cluster.max_workers, cfg.cluster.min_workers)))
+
+
 def num_ranks(cfg: RunConfig, hardware: Hardware) -> int:
-    """Every GPU of the hardware, or cluster.workers on CPU."""
-    return hardware.num_devices if hardware.kind == "cuda" else max(1, cfg.cluster.workers)
+    """Every GPU of the hardware, or the most of cluster.workers on CPU."""
+    return hardware.num_devices if hardware.kind == "cuda" else max(1, cfg.cluster.max_workers)
 
 
 def _placement(

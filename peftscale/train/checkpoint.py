@@ -186,13 +186,18 @@ def newest(root: Path, *, note: Callable[[str], None] = log.warning) -> Path | N
     return None
 
 
-def take_over_(state: State, path: Path, identity: Identity) -> None:
+def take_over_(state: State, path: Path, identity: Identity) -> int:
     """Change `state`, as the run began, into that of a checkpoint. Every rank calls it with the same path.
+
+    Returns:
+        The ranks that wrote it.
 
     Raises:
         CheckpointError: it is not whole, or belongs to another base or another run file.
     """
-    _take_over(state, *read(path, identity))
+    content, tensors, moments = read(path, identity)
+    _take_over(state, content, tensors, moments)
+    return int(content["world_size"])
 
 
 def read(path: Path, identity: Identity) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:

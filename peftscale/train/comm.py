@@ -84,6 +84,8 @@ class _Tap:
     label: Kind | None = None
     watchers: list[Callable[[Call], None]] = field(default_factory=list)
     is_installed: bool = False
+    timeout: timedelta | None = None
+    """Of groups that are made without one: DeepSpeed gathers in a group of its own."""
 
 
 _tap = _Tap()  # one a process, as torch.distributed itself
@@ -100,6 +102,7 @@ def tap() -> None:
             counted = _counted(name, original)
             setattr(dist, name, counted)
             setattr(dist.distributed_c10d, name, counted)  # its own helpers look names up there
+    dist.new_group = _as_patient(dist.new_group)
 
 
 def _counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,6 +117,14 @@ def _counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         return original(*args, **kwargs)
 
     return call
+
+
+def _as_patient(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def new_group(ranks: Any = None, timeout: timedelta | None = None, *args: Any, **kwargs: Any) -> Any:
+        return original(ranks, timeout or _tap.timeout, *args, **kwargs)
+
+    return new_group
 
 
 def _largest(values: Sequence[Any]) -> Tensor | None:
@@ -250,14 +261,15 @@ def session(
 
     Args:
         backend: 'gloo' or 'nccl'.
-        timeout_s: after which a collective that waits for a dead rank fails.
+        timeout_s: after which a collective that waits for a rank that hangs fails. Of groups that are made in the block
+            too; where Ray made this one, it was told by itself.
         rank, world, store: a rendezvous file; left out, the environment variables of torchrun are read.
     """
     tap()
+    _tap.timeout = timeout = timedelta(seconds=timeout_s)
     if dist.is_initialized():  # Ray made it and takes it down
         yield
         return
-    timeout = timedelta(seconds=timeout_s)
     if store is not None:
         assert rank is not None and world is not None
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))  # DeepSpeed reads them

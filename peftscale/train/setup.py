@@ -24,7 +24,6 @@ from peftscale.facts import BaseFacts
 from peftscale.plan import Hardware, Placement, Plan, Work
 from peftscale.train import comm
 
-COLLECTIVE_TIMEOUT_S = 1800.0
 AnyPlacement = TypeVar("AnyPlacement", bound=Placement)
 
 
