@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftscale import catalogue, configio, errors, gauges, logs, machine, plan, progress, records
+from peftscale import catalogue, configio, errors, gauges, logs, machine, progress, records
 from peftscale.config import RunConfig, TaskConfig
 from peftscale.errors import AdapterError, CheckpointError, ClusterError, ConfigError, PeftscaleError, TrainingError
 from peftscale.records import Record, RunSummary, StepRecord
@@ -219,7 +219,6 @@ def input_rows(cfg: RunConfig, texts: Sequence[str], rows: Sequence[str]) -> lis
 
 def _work(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[str, Any]:
     """Run one of `_TASKS` here or on Ray."""
-    plan.refuse_what_is_only_planned(cfg.base)
     if cfg.cluster.workers == 0:
         return _TASKS[task](cfg, payload)
     _check_resources(cfg)
