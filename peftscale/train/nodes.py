@@ -49,5 +49,5 @@ def group(*, timeout_s: float) -> dist.ProcessGroup:
     """
     here = own()
     assert here is not None
-    of_node, _ = dist.new_subgroups(group_size=len(here), timeout=timedelta(seconds=timeout_s))
+    of_node: dist.ProcessGroup = dist.new_subgroups(group_size=len(here), timeout=timedelta(seconds=timeout_s))[0]
     return of_node
