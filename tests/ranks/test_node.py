@@ -5,6 +5,7 @@ that do not change, and no gathered weight alive. The same run over all ranks is
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from peftscale.base.passes import target_logits
 from peftscale.config import RunConfig
 from peftscale.data import tasks
 from peftscale.data.batches import training_items
+from peftscale.errors import ConfigError
 from peftscale.plan import Hardware
 from peftscale.records import EvaluationRecord, Record, RunSummary, StepRecord
 from peftscale.train import comm, memory, setup, step, worker
@@ -37,7 +39,6 @@ TWO = {
 }
 ADAPTER_BYTES = (5 + 3) * 64 * 4
 CPU = torch.device("cpu")
-NODES = Hardware.parse("2xcpu-24GB")
 
 
 @dataclass
@@ -144,8 +145,8 @@ def seen(cfgs: list[RunConfig], tmp_path_factory: pytest.TempPathFactory) -> lis
     return run_ranks(_see, WORLD, tmp_path_factory.mktemp("ranks"), *cfgs, two_units, node_ranks=NODE)
 
 
-def _planned(cfg: RunConfig, hardware: Hardware = NODES) -> plan.Plan:
-    return plan.make(cfg, facts.load(cfg.base.model), hardware, world=WORLD)
+def _planned(cfg: RunConfig) -> plan.Plan:
+    return plan.make(cfg, facts.load(cfg.base.model), Hardware.parse("2xcpu-24GB"), world=WORLD)
 
 
 def _steps(seen: Seen) -> list[StepRecord]:
@@ -232,3 +233,18 @@ def test_no_gathered_weight_outlives_its_pass_and_two_units_are_the_most(
         assert set(of_rank.alive["after_forward"]) == set(of_rank.alive["after_backward"]) == {0}
         assert of_rank.alive["after_evaluation"] == 0
         assert 0 < of_rank.alive["peak"] <= made.gathered_units_bytes
+
+
+def _place_uneven(of_node: RunConfig, auto: RunConfig) -> tuple[str, str]:
+    with pytest.raises(ConfigError) as refused:
+        setup.place(of_node.base, CPU)
+    return str(refused.value), setup.place(auto.base, CPU).sharding
+
+
+def test_nodes_that_are_not_alike_are_refused_on_every_rank_and_auto_does_without(tmp_path: Path) -> None:
+    """Three ranks, of which the last is alone on its node."""
+    cfgs = [tiny.run_config(tmp_path, **{"base.sharding": mode}) for mode in ("node", "auto")]
+    for message, taken in run_ranks(_place_uneven, 3, tmp_path / "ranks", *cfgs, node_ranks=2):
+        assert message.startswith("base.sharding=node needs as many ranks on every node, numbered node by node")
+        assert "Nodes of ranks 0, 1, ... here: 0-1, 0-1, 2-3. Start them so, or take base.sharding=world." in message
+        assert taken == "replicated"
