@@ -15,20 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftscale import (
-    auth,
-    catalogue,
-    configio,
-    errors,
-    gauges,
-    logs,
-    machine,
-    plan,
-    progress,
-    records,
-    redaction,
-    workers,
-)
+from peftscale import auth, catalogue, configio, errors, gauges, logs, machine, progress, records, redaction, workers
 from peftscale.config import RunConfig, TaskConfig
 from peftscale.errors import AdapterError, CheckpointError, ClusterError, ConfigError, PeftscaleError, TrainingError
 from peftscale.records import Record, RunSummary, StepRecord
@@ -231,7 +218,6 @@ def input_rows(cfg: RunConfig, texts: Sequence[str], rows: Sequence[str]) -> lis
 
 def _work(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[str, Any]:
     """Run one of `_TASKS` here or on Ray."""
-    plan.refuse_what_is_only_planned(cfg.base)
     redaction.name(cfg.cluster.deploy.secret_references if cfg.cluster.deploy else ())
     if cfg.cluster.max_workers == 0:
         return _TASKS[task](cfg, payload)

@@ -55,6 +55,8 @@ class StepRecord(Row):
     control_bytes: int
     checks_bytes: int = 0
     """DeepSpeed's comparison of module traces between ranks, after the kind of pass changed."""
+    gathered_between_nodes_bytes: int = 0
+    """Of those gathered: slices that lie on other nodes."""
     skipped: bool
     """The loss or a gradient of an adapter was not finite, and that adapter was not changed."""
     skipped_adapters: tuple[str, ...] = ()
@@ -137,6 +139,7 @@ class Predicted(Row):
     gathered_bytes_per_step: int
     control_bytes_per_step: int
     peak_rank_bytes: int
+    gathered_between_nodes_bytes_per_step: int = 0
     step_s: float | None = None
     """None where the rates of the device are not known."""
 
@@ -176,6 +179,8 @@ class RunSummary(Row):
     gathered_bytes_per_step: int
     control_bytes_per_step: int
     peak_rank_bytes: int
+    gathered_between_nodes_bytes_per_step: int = 0
+    """Of those gathered: slices that lie on other nodes."""
     step_s: float | None = None
     """Median over the training steps; None without one, and in summaries that were written without it."""
     predicted: Predicted

@@ -56,7 +56,10 @@ def summary_table(summary: RunSummary) -> Table:
         if adapter.dir:
             table.add_row(f"{name}: file bytes", f"{adapter.file_bytes:,}", "")
             table.add_row(f"{name}: directory", adapter.dir, "")
-    for key in ("reduced_bytes_per_step", "gathered_bytes_per_step", "control_bytes_per_step", "peak_rank_bytes"):
+    keys = ["reduced_bytes_per_step", "gathered_bytes_per_step", "control_bytes_per_step", "peak_rank_bytes"]
+    if summary.sharding == "node" or summary.gathered_between_nodes_bytes_per_step:
+        keys.insert(2, "gathered_between_nodes_bytes_per_step")
+    for key in keys:
         table.add_row(key.replace("_", " "), f"{getattr(summary, key):,}", f"{getattr(summary.predicted, key):,}")
     if summary.step_s is not None:
         step_s = summary.predicted.step_s
