@@ -46,7 +46,7 @@ class BaseConfig(Frozen):
     """The dtype of activations, embeddings, norms and head. Adapters are float32 always."""
     sharding: Sharding
     """replicated: a packed copy on every rank; node: a slice on every rank of a node, so that no weight crosses the
-    network (planned, not run yet); world: a slice on every rank of all; auto: what `plan` finds better."""
+    network; world: a slice on every rank of all; auto: what `plan` finds better."""
     checkpoint_activations: bool
     """Keep one activation a block and compute the rest again in backward: less memory, about a third more time."""
     pack_dir: Path | None = None

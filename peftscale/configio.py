@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from peftscale import catalogue, complaints
+from peftscale import catalogue, complaints, redaction
 from peftscale.complaints import Problems, close_to, shown
 from peftscale.config import RunConfig
 from peftscale.errors import ConfigError
@@ -48,6 +48,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = Path(path)
     problems = Problems()
     raw = _typed(path, overrides, problems)
+    _refuse_secrets(raw, (), problems)
     _fill_tasks(raw, problems)
     _expand(raw, problems)
     cfg: RunConfig | None = None
@@ -266,6 +267,19 @@ def _entry(node: Any, key: Any, keys: tuple[str, ...], problems: Problems) -> An
         written = source[key] if isinstance(source, dict | list) else source
         problems.add(keys, f"{shown(written)} cannot be resolved: {_first_line(error)}")
         return None
+
+
+def _refuse_secrets(node: Any, keys: tuple[str, ...], problems: Problems) -> None:
+    """A run file is copied into runs, checkpoints and jobs, and what is in it is shown."""
+    if isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            _refuse_secrets(value, (*keys, str(key)), problems)
+    elif isinstance(node, str) and (shown := redaction.redacted(node)) != node:
+        problems.add(
+            keys,
+            f"holds a secret, which a run file must not ({shown}). Programs take theirs from the environment; a "
+            f"cluster's nodes are given those that cluster.deploy.secrets names",
+        )
 
 
 def _take_paths_from(folder: Path, raw: dict[str, Any], problems: Problems) -> None:

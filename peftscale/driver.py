@@ -9,13 +9,13 @@ import json
 import logging
 import os
 import shutil
-import stat
+import traceback
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftscale import catalogue, configio, errors, gauges, logs, machine, plan, progress, records, workers
+from peftscale import auth, catalogue, configio, errors, gauges, logs, machine, progress, records, redaction, workers
 from peftscale.config import RunConfig, TaskConfig
 from peftscale.errors import AdapterError, CheckpointError, ClusterError, ConfigError, PeftscaleError, TrainingError
 from peftscale.records import Record, RunSummary, StepRecord
@@ -218,7 +218,7 @@ def input_rows(cfg: RunConfig, texts: Sequence[str], rows: Sequence[str]) -> lis
 
 def _work(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[str, Any]:
     """Run one of `_TASKS` here or on Ray."""
-    plan.refuse_what_is_only_planned(cfg.base)
+    redaction.name(cfg.cluster.deploy.secret_references if cfg.cluster.deploy else ())
     if cfg.cluster.max_workers == 0:
         return _TASKS[task](cfg, payload)
     _check_resources(cfg)
@@ -323,7 +323,7 @@ def _run_with_ray(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[st
     try:
         workers.refuse_too_few_places(cfg, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         config = {"cfg": configio.dump(cfg), "task": task, "payload": payload}
-        return _result(workers.run(cfg, _worker, config, own=own))
+        return _result(workers.run(cfg, _worker_with(redaction.named_variables()), config, own=own))
     finally:
         if started_here:
             ray.shutdown()
@@ -339,6 +339,16 @@ def _result(value: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _worker_with(secrets: Mapping[str, str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The worker, in an environment that has these too. Ray logs runtime environments, and shows a loop's config."""
+
+    def worker(config: dict[str, Any]) -> dict[str, Any]:
+        os.environ.update(secrets)
+        return _worker(config)
+
+    return worker
+
+
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
     """What Ray runs in every worker process.
 
@@ -348,19 +358,25 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         return {"result": _TASKS[config["task"]](configio.from_dict(config["cfg"]), config["payload"])}
     except (PeftscaleError, TrainingError) as error:
         return {"error": type(error).__name__, "message": str(error)}
+    except Exception as error:  # which Ray writes into logs of its own
+        shown = redaction.current_error()
+        if shown == traceback.format_exc():
+            raise
+        raise RuntimeError(f"{type(error).__name__}, with a secret taken out:\n{shown}") from None
 
 
 def _start_ray(ray: Any) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            ray.init(address=address, logging_level=logging.ERROR)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ClusterError(
                 f"RAY_ADDRESS={address}: no Ray cluster answers there ({workers.last_line(error)}). "
                 f"Unset it to run on this machine."
             ) from error
         return
+    auth.prepare()
     ray.init(
         address="local",
         num_cpus=machine.num_cpus(),
@@ -369,6 +385,3 @@ def _start_ray(ray: Any) -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
-    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if token.is_file():
-        token.chmod(stat.S_IRUSR | stat.S_IWUSR)  # Ray leaves it readable by everybody

@@ -18,6 +18,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from peftscale.records import Row
+from peftscale.redaction import Redacted
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +45,8 @@ class LogLine(Row):
     step: int
     """Steps taken by then."""
     logger: str
-    message: str
-    traceback: str | None = None
+    message: Redacted
+    traceback: Redacted | None = None
 
     def words(self) -> str:
         """Who said what."""

@@ -204,6 +204,7 @@ def _step(job: Job) -> None:
             gathered_bytes=traffic.gathered,
             control_bytes=traffic.control,
             checks_bytes=traffic.checks,
+            gathered_between_nodes_bytes=traffic.gathered_between,
             skipped=rate is None,
             skipped_adapters=(cfg.method,) if rate is None else (),
             peak_rank_bytes=job.memory.peak_bytes(),

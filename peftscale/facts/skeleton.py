@@ -6,7 +6,7 @@ Imports torch and transformers when it is called, not before. The real skeleton,
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +27,39 @@ def refuse(model: str, model_type: str, wrong: Sequence[TensorFacts]) -> NoRetur
         f"embedding, so they can be neither quantised nor planned for: {names}. "
         f"Fused experts (mixture-of-experts models) are not supported; choose a dense model."
     )
+
+
+def refuse_own_code(model: str, raw: Mapping[str, Any]) -> None:
+    """A model may bring code that it needs no longer, since transformers has its class; that code is not run.
+
+    Args:
+        model: as the user named it, for the message.
+        raw: its config.json.
+
+    Raises:
+        ModelError: its type or its class is not in transformers, but in files beside its config.
+    """
+    code = raw.get("auto_map")
+    if not code:
+        return
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    known = dir(transformers)  # names alone: no class is imported
+    classes = [name for name in raw.get("architectures") or [] if name not in known]
+    if raw.get("model_type") not in CONFIG_MAPPING_NAMES or classes:
+        raise ModelError(
+            f"base.model={model}: {', '.join(classes) or raw.get('model_type')} is not in transformers, but in code "
+            f"that came with it ({own_files(code)}). Such code is never run, and no file can allow it. Give a model "
+            f"that the installed transformers knows."
+        )
+
+
+def own_files(auto_map: Any) -> str:
+    """The files of code that an `auto_map` names."""
+    entries = auto_map.values() if isinstance(auto_map, Mapping) else [auto_map]
+    classes = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry]) if name]
+    return ", ".join(dict.fromkeys(f"{str(name).rpartition('.')[0]}.py" for name in classes))
 
 
 def read(model_dir: Path) -> BaseFacts:

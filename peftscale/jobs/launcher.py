@@ -50,7 +50,7 @@ def render(job: Job) -> str:
                 "--ulimit nofile=65536:65536",
                 f"-v {job.shared.path}:{job.shared.path}",
                 "-e RAY_AUTH_MODE=token",
-                *(f"-e {key}={value}" for key, value in job.cache_env.items()),
+                *(f"-e {key}={value}" for key, value in job.shared.cache_env.items()),
             ],
         },
         "available_node_types": {

@@ -24,13 +24,12 @@ from peftscale.plan.memory import (
     rank_parts,
     weight_parts,
 )
-from peftscale.plan.modes import MODES, RUN_MODES, Mode, choose, holders, refuse_what_is_only_planned
+from peftscale.plan.modes import MODES, Mode, choose, holders, settled
 from peftscale.plan.work import PassSize, Work, decoder_tokens, expected, longest_row, max_text_tokens
 
 __all__ = [
     "CONTROL_BYTES",
     "MODES",
-    "RUN_MODES",
     "Hardware",
     "Mode",
     "PassSize",
@@ -46,7 +45,6 @@ __all__ = [
     "make",
     "misfits",
     "place",
-    "refuse_what_is_only_planned",
     "show",
     "table",
     "worlds_of",
@@ -78,11 +76,13 @@ def compare(
     targets = lora_targets(cfg, facts.model_type) if cfg.method == "lora" else ()
     plans = []
     for machine, ranks in ((of, n) for of in machines for n in worlds or (num_ranks(cfg, of),)):
+        if cfg.cluster.deploy is not None:
+            machine = machine.with_nodes_of(cfg.cluster.deploy.workers_per_node, world=ranks)
         match cfg.method:
             case "adapters":
                 plans.append(make(cfg, facts, machine, world=ranks, price_per_gpu_hour=price_per_gpu_hour))
             case "few_shot":
-                placed, _ = _place_alone(cfg.base, facts, machine, ranks, RUN_MODES)
+                placed, _ = _place_alone(cfg.base, facts, machine, ranks, MODES)
                 plans.append(baselines.of_evaluation(cfg, facts, machine, placed, world=ranks))
             case _:
                 plans.append(baselines.of_training(cfg, facts, machine, world=ranks, lora_targets=targets))
@@ -143,7 +143,7 @@ def make(
         spans_nodes=world > hardware.ranks_per_node(world),
     )
     found = pace.of_step(facts, hardware, load)
-    notes = _notes(cfg, hardware, setting, placed.sharding, found)
+    notes = _notes(cfg, hardware, setting, found)
     if is_expected and max_text_tokens(cfg) is None:
         notes.insert(0, "task.max_text_tokens is not given, so one pass a step is assumed.")
     return Plan(
@@ -224,7 +224,7 @@ def _placement(
     if world == 1:
         sharding, reason = "replicated", "one rank holds everything"
     elif cfg.sharding != "auto":
-        sharding, reason = cfg.sharding, f"base.sharding={cfg.sharding}"
+        sharding, reason = settled(cfg.sharding, world=world, node_ranks=hardware.ranks_per_node(world))
     else:
         packed = facts.packed_bytes(cfg.quantization, dtype_bytes(cfg.compute_dtype))
         device = hardware.memory_bytes if hardware.kind == "cuda" else most
@@ -258,11 +258,8 @@ def _sent(cfg: RunConfig, facts: BaseFacts, hardware: Hardware, setting: Setting
     }
 
 
-def _notes(cfg: RunConfig, hardware: Hardware, setting: Setting, sharding: Mode, found: pace.Pace | None) -> list[str]:
+def _notes(cfg: RunConfig, hardware: Hardware, setting: Setting, found: pace.Pace | None) -> list[str]:
     notes = []
-    if sharding not in RUN_MODES:
-        refused = "is refused" if cfg.base.sharding == sharding else "takes world in its place"
-        notes.append(f"base.sharding={sharding} is planned alone so far: `peftscale train` {refused}.")
     if cfg.base.compute_dtype == "bfloat16" and hardware.name.startswith("V100"):
         notes.append("V100 has no bfloat16 units: expect it to be slow.")
     if setting.holders > hardware.ranks_per_node(setting.world):

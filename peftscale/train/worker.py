@@ -243,6 +243,7 @@ def _book(job: Job, items: Sequence[Item], result: StepResult) -> None:
         gathered_bytes=result.traffic.gathered,
         control_bytes=result.traffic.control,
         checks_bytes=result.traffic.checks,
+        gathered_between_nodes_bytes=result.traffic.gathered_between,
         skipped=bool(result.skipped),
         skipped_adapters=result.skipped,
         peak_rank_bytes=job.memory.peak_bytes(),
