@@ -103,7 +103,7 @@ def tap() -> None:
             counted = _counted(name, original)
             setattr(dist, name, counted)
             setattr(dist.distributed_c10d, name, counted)  # its own helpers look names up there
-    dist.new_group = _as_patient(dist.new_group)
+    dist.new_group = dist.distributed_c10d.new_group = _as_patient(dist.new_group)
 
 
 def _counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:

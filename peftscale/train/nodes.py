@@ -6,7 +6,6 @@ can be sharded over the ranks of a node when all nodes are alike; what it costs 
 
 import os
 from collections.abc import Sequence
-from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -41,13 +40,9 @@ def num_elsewhere(ranks: Sequence[int]) -> int:
     return 0 if here is None else sum(rank not in here for rank in ranks)
 
 
-def group(*, timeout_s: float) -> dist.ProcessGroup:
-    """The process group of this rank's node. Every rank of all nodes calls it, once they were found alike.
-
-    Args:
-        timeout_s: after which a collective that waits for a dead rank fails.
-    """
+def group() -> dist.ProcessGroup:
+    """The process group of this rank's node. Every rank of all nodes calls it, once they were found alike."""
     here = own()
     assert here is not None
-    of_node: dist.ProcessGroup = dist.new_subgroups(group_size=len(here), timeout=timedelta(seconds=timeout_s))[0]
+    of_node: dist.ProcessGroup = dist.new_subgroups(group_size=len(here))[0]
     return of_node

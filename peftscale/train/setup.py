@@ -138,7 +138,7 @@ def load_base(cfg: BaseConfig, placed: Placement, device: torch.device) -> Base:
         cfg,
         sharding=placed.sharding,
         device=device,
-        node=nodes.group(timeout_s=COLLECTIVE_TIMEOUT_S) if placed.sharding == "node" else None,
+        node=nodes.group() if placed.sharding == "node" else None,
         prefetch_elements=placed.prefetch_elements,
         opened=opened,
     )
