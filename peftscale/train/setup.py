@@ -148,7 +148,8 @@ def pack_where_exact(base: Base) -> str | None:
     if not any(reasons):
         reasons = comm.gather_objects(exactness.weights_differ(base))
     if any(reasons):
-        return f"passes are padded: {next(filter(None, reasons))}"
+        base.why_padded = next(filter(None, reasons))
+        return f"passes are padded: {base.why_padded}"
     exactness.make_packed(base)
     if base.device.type != "cuda":  # FlexAttention has no backward elsewhere
         return None

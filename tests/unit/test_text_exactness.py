@@ -1,4 +1,4 @@
-"""A base on which a text as embeddings, as behind a prompt, is another one than its ids is refused when it is loaded."""
+"""A base on which a text as embeddings, as behind a prompt, differs from its ids is refused when it is loaded."""
 
 from pathlib import Path
 
