@@ -227,8 +227,8 @@ def _layers_with_every_kind(kinds: Sequence[str]) -> int:
 def weights_differ(base: Base) -> str | None:
     """One short batch through the real weights: packing may differ by what batching alone does, times three.
 
-    None, or how it differs, or why it fails: attention that fails on one rank gives zeros there, so that this rank makes
-    the gathers that the others wait for. Collective when the base is sharded.
+    None, or how it differs, or why it fails: attention that fails on one rank gives zeros there, so that it makes the
+    gathers that the others wait for. Collective when the base is sharded.
     """
     draw = torch.Generator().manual_seed(0)
     prompt_PH = torch.rand(_PROMPT, base.hidden_size, generator=draw).sub(0.5).mul(0.1).to(base.device)
@@ -260,7 +260,7 @@ def _tried(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    *mask: None,
+    *mask: Any,
     failures: list[Exception],
     **arguments: Any,
 ) -> tuple[Tensor, None]:

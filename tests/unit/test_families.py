@@ -19,6 +19,7 @@ from peftscale.errors import AdapterError
 from peftscale.train import setup
 
 PADDED = {"falcon", "bloom"}
+ATTENTION_ONLY = {"mixtral", "gpt_oss"}
 CONFIGS = families.configs()
 
 
@@ -28,6 +29,13 @@ def test_the_packed_pass_is_exact_for(family: str) -> None:
     error = exactness.gradient_error(exactness.small_copy(CONFIGS[family]))
     assert error is not None
     assert error < 2e-6  # measured 2e-7 to 9e-7
+
+
+def test_bases_with_fused_experts_are_refused_and_all_others_of_the_table_load() -> None:
+    found = {family: families.base_of(config) for family, config in (CONFIGS | families.encoder_decoders()).items()}
+    refused = dict.fromkeys(ATTENTION_ONLY, "attention only: refused for fused experts")
+    assert found == dict.fromkeys(found, "loads") | refused
+    assert len(set(CONFIGS) - PADDED - ATTENTION_ONLY) >= 12
 
 
 @pytest.mark.parametrize("family", sorted(PADDED))
