@@ -1,6 +1,7 @@
 # make quickstart   train the shipped base on two workers and show what the prompt learned
 # make test         every test that needs no GPU
 # make check        lint, format, types, import contract
+# make endurance    one run through twenty killed workers, and one that takes on a node: several minutes
 # make bench        each benchmark in its small setting; numbers go to bench.jsonl
 # make clean        remove the environment, caches and runs
 #
@@ -10,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test check bench clean
+.PHONY: quickstart test check endurance bench clean
 
 # setuptools first, and no build isolation: deepspeed comes as source and its build looks at the torch that is
 # installed. DS_BUILD_OPS=0: none of its C++ extensions is used here, so no compiler is needed.
@@ -37,6 +38,9 @@ check: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict peftscale
 	$(BIN)/lint-imports
+
+endurance: .venv/.installed
+	$(BIN)/python tests/bench/endurance.py
 
 bench: export OMP_NUM_THREADS = 1
 bench: .venv/.installed

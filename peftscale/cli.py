@@ -7,16 +7,17 @@ Nothing heavy is imported before a command runs: `peftscale --help` answers at o
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from peftscale import __version__
-from peftscale.errors import CheckpointError, ConfigError, PeftscaleError, TrainingError
+from peftscale import __version__, redaction
+from peftscale.arguments import AsJson, Overrides, RunFile, names_its_run_file
+from peftscale.errors import ConfigError, PeftscaleError, TrainingError
+from peftscale.jobs import commands as clusters
 
 if TYPE_CHECKING:
     from peftscale.config import RunConfig
@@ -29,32 +30,16 @@ app = typer.Typer(
     help="Soft prompts through a frozen, quantised, sharded language model.",
 )
 
-RunFile = Annotated[Path, typer.Argument(help="The run file, for example configs/quickstart.yaml.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes: train.steps=100")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+app.add_typer(clusters.app)
+
 Adapters = Annotated[
-    list[Path] | None,
-    typer.Option("--adapter", "-a", help="An adapter directory; repeatable. Left out: the run's own best adapters."),
+    list[str] | None,
+    typer.Option("--adapter", "-a", help="An adapter directory or URL; repeatable. Left out: the run's own best ones."),
 ]
 
 
-def _names_its_run_file(command: Callable[..., None]) -> Callable[..., None]:
-    """Put the run file in front of a message that does not name it: a script may run many."""
-
-    @wraps(command)
-    def named(run_file: Path, **options: object) -> None:
-        try:
-            command(run_file=run_file, **options)
-        except PeftscaleError as error:
-            if str(run_file) in str(error):
-                raise
-            raise type(error)(f"{run_file}: {error}") from error
-
-    return named
-
-
 @app.command()
-@_names_its_run_file
+@names_its_run_file
 def train(
     run_file: RunFile,
     overrides: Overrides = None,
@@ -84,7 +69,7 @@ def train(
 
 
 @app.command()
-@_names_its_run_file
+@names_its_run_file
 def plan(
     run_file: RunFile,
     overrides: Overrides = None,
@@ -111,7 +96,7 @@ def plan(
         cfg,
         facts.load(_config_dir(cfg.base.model, cfg.base.revision)),
         machines,
-        world=None if hardware else max(1, cfg.cluster.workers),
+        worlds=() if hardware else planning.worlds_of(cfg),
         price_per_gpu_hour=price_per_gpu_hour,
         lora_targets=_lora_targets,
     )
@@ -121,35 +106,12 @@ def plan(
         report.show(planning.table(plans))
         for line in (line for item in plans for line in item.lines()):
             report.note(line)
-    if not all(item.fits for item in plans):
-        where = {item.hardware: f"{item.hardware}: " if len(plans) > 1 else "" for item in plans}
-        raise ConfigError("\n".join(where[item.hardware] + problem for item in plans for problem in item.problems))
+    if problems := planning.misfits(plans):
+        raise ConfigError("\n".join(problems))
 
 
 @app.command()
-@_names_its_run_file
-def render(
-    run_file: RunFile,
-    target: Annotated[
-        Literal["kuberay", "slurm", "skypilot", "ray-aws", "ray-gcp", "torchrun"],
-        typer.Option(help="Where it is to run: cluster/README.md says which one to choose."),
-    ],
-    overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Directory to write the file to. Left out: standard output.")] = None,
-) -> None:
-    """Write what a cluster takes, from the run file alone. Nothing is submitted."""
-    from peftscale import report
-    from peftscale.jobs import render as jobs
-
-    rendered = jobs.render(run_file, overrides or [], target)
-    if out is None:
-        print(rendered.text, end="")
-    else:
-        report.note(str(jobs.save(rendered, out)))
-
-
-@app.command()
-@_names_its_run_file
+@names_its_run_file
 def evaluate(
     run_file: RunFile,
     overrides: Overrides = None,
@@ -181,7 +143,7 @@ def evaluate(
 
 
 @app.command()
-@_names_its_run_file
+@names_its_run_file
 def generate(
     run_file: RunFile,
     overrides: Overrides = None,
@@ -296,7 +258,7 @@ def transfer(
 
 
 @app.command("import")
-@_names_its_run_file
+@names_its_run_file
 def import_(
     run_file: RunFile,
     source: Annotated[Path, typer.Argument(help="A .npy prompt of T5X, or an adapter directory of PEFT.")],
@@ -336,7 +298,7 @@ def export(
 
 
 @app.command()
-@_names_its_run_file
+@names_its_run_file
 def pack(
     run_file: RunFile,
     overrides: Overrides = None,
@@ -377,48 +339,6 @@ def tasks(
         report.show_json({"tasks": found})
     else:
         report.show(report.tasks_table(found))
-
-
-@app.command()
-def status(
-    where: Annotated[Path, typer.Argument(help="A run file, a run's directory, or a storage of runs.")],
-    as_json: AsJson = False,
-) -> None:
-    """Say how runs stand, from their files: it works while they run, wherever that is."""
-    from peftscale import report
-    from peftscale import status as runs
-
-    found, unread = [], []
-    for directory in runs.find(where):
-        try:
-            found.append(runs.of(directory).model_dump(mode="json"))
-        except PeftscaleError as error:
-            unread.append(f"{directory}: {error}")
-    if not found:
-        raise CheckpointError("\n".join(unread))
-    for line in unread:
-        report.note(line)
-    if as_json:
-        report.show_json({"runs": found})
-    else:
-        report.show(report.status_table(found))
-
-
-@app.command()
-def logs(
-    where: Annotated[Path, typer.Argument(help="A run file or a run's directory.")],
-    rank: Annotated[list[int] | None, typer.Option(help="Of this rank; repeatable. Left out: of all.")] = None,
-    level: Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="And what is above it.")] = "info",
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends or Ctrl-C.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Print what the ranks of a run logged, in the order of time; --json: a JSON object a line."""
-    from peftscale import logs as files
-    from peftscale import status as runs
-
-    directory = runs.one(where)
-    for line in files.follow(directory / "logs", rank or [], level, until=runs.ending(directory) if follow else None):
-        print(line.model_dump_json() if as_json else line.text(), flush=True)
 
 
 @app.command()
@@ -468,10 +388,13 @@ def _run() -> int:
     except SystemExit as done:
         return done.code if isinstance(done.code, int) else 0
     except PeftscaleError as error:
-        print(error, file=sys.stderr)
+        print(redaction.redacted(str(error)), file=sys.stderr)
         return 2
     except TrainingError as error:
-        print(f"the run failed: {error}", file=sys.stderr)
+        print(redaction.redacted(f"the run failed: {error}"), file=sys.stderr)
+        return 1
+    except Exception:
+        print(redaction.current_error(), end="", file=sys.stderr)
         return 1
     return 0
 

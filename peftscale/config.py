@@ -4,12 +4,14 @@ Reading a file, overrides and error messages are `configio`; what a value costs 
 imports torch, so that a laptop can check a run file in milliseconds.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from peftscale import machine
 from peftscale.baseline_config import FewShotConfig, FullFinetuningConfig, LoraConfig, Method
 from peftscale.deploy_config import DeployConfig
 from peftscale.task_config import DataFiles as DataFiles
@@ -28,6 +30,8 @@ Quantization = Literal["nf4", "int8", "none"]
 ComputeDtype = Literal["bfloat16", "float32"]
 Sharding = Literal["auto", "replicated", "node", "world"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+COLLECTIVE_TIMEOUT_S = 1800.0
+_STORE = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://(?!\.)[A-Za-z0-9][\w.-]*(/(?!\.)[\w.=+-]+)*")
 MEAN_OF_TASKS = "mean_of_tasks"
 """What decides which state of an adapter of several tasks is the best: the mean of their first metrics."""
 
@@ -45,7 +49,7 @@ class BaseConfig(Frozen):
     """The dtype of activations, embeddings, norms and head. Adapters are float32 always."""
     sharding: Sharding
     """replicated: a packed copy on every rank; node: a slice on every rank of a node, so that no weight crosses the
-    network (planned, not run yet); world: a slice on every rank of all; auto: what `plan` finds better."""
+    network; world: a slice on every rank of all; auto: what `plan` finds better."""
     checkpoint_activations: bool
     """Keep one activation a block and compute the rest again in backward: less memory, about a third more time."""
     pack_dir: Path | None = None
@@ -234,20 +238,87 @@ def refuse_endless_warm_ups(adapters: Mapping[str, AdapterSettings], of_run: Opt
         raise ValueError("\n".join(wrong))
 
 
+def is_url(place: str) -> bool:
+    """Whether a place is one of an object store, and no directory."""
+    return "://" in place
+
+
 class ClusterConfig(Frozen):
     """What Ray is asked for."""
 
-    workers: NonNegativeInt
-    """Ranks. 0: in this process (or the ranks of torchrun), without Ray."""
+    workers: NonNegativeInt | tuple[PositiveInt, PositiveInt]
+    """Ranks. 0: in this process (or the ranks of torchrun), without Ray. [least, most]: elastic, as many as there is
+    room for; a run that loses some goes on with the others and takes on new ones, with the same global batch."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     cpus_per_worker: PositiveFloat = 1
     """Fractions are allowed: Ray counts them, it does not enforce them."""
-    storage: Path
-    """Where runs are kept, as <storage>/<name>. Shared by all nodes. Taken relative to the run file."""
+    storage: str
+    """Where runs are kept, as <storage>/<name>: a directory that all nodes see (taken relative to the run file), or the
+    URL of an object store (s3://bucket/prefix, gs://, abfs://), of which each machine has working copies in its cache.
+    Endpoint and credentials are the environment's."""
     retries: NonNegativeInt = 3
     """How often a dead worker group is started again from the last checkpoint."""
+    collective_timeout_s: PositiveFloat = COLLECTIVE_TIMEOUT_S
+    """How long a rank waits for another one that hangs, before the group is started again. Ranks wait for each other at
+    every gather, and while one of them saves, or packs its node's copy of the base."""
     deploy: DeployConfig | None = None
     """What `peftscale render` needs beside the keys above."""
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def workers_are_a_number_or_two(cls, workers: Any) -> Any:
+        is_list = isinstance(workers, list | tuple)
+        numbers = workers if is_list else [workers]
+        is_whole = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+        is_pair = is_whole and len(numbers) == 2 and 1 <= numbers[0] <= numbers[1]
+        if not (is_pair if is_list else is_whole and workers >= 0):
+            raise ValueError(
+                f"must be a whole number >= 0, or [least, most] of an elastic run, with 1 <= least <= most; got "
+                f"{workers!r}"
+            )
+        return tuple(workers) if is_list else workers
+
+    @model_validator(mode="after")
+    def places_of_an_elastic_run_can_be_counted(self) -> Self:
+        # Ray divides the sum of the workers' shares by one share, in floating point.
+        for key, share in (("cpus_per_worker", self.cpus_per_worker), ("gpus_per_worker", self.gpus_per_worker)):
+            if self.is_elastic and not float(share * 1024).is_integer():
+                raise ValueError(
+                    f"{key}: Ray cannot count the places of an elastic run exactly in shares of {share:g}; take a "
+                    f"whole number, 0.5 or 0.25"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def url_is_a_place_and_no_more(self) -> Self:
+        if is_url(self.storage) and not _STORE.fullmatch(self.storage):
+            # What was got is not told: it may hold a password.
+            raise ValueError(
+                "storage: a URL must be scheme://bucket/prefix; endpoint, region, credentials and other options come "
+                "from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...)"
+            )
+        return self
+
+    @property
+    def runs_dir(self) -> Path:
+        """Where runs are on this machine: the storage, or the working copies of one that is a URL."""
+        scheme, is_there, rest = self.storage.partition("://")
+        return machine.cache_dir() / "storage" / scheme / rest if is_there else Path(self.storage)
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of ranks may change while it runs."""
+        return isinstance(self.workers, tuple)
+
+    @property
+    def min_workers(self) -> int:
+        """Ranks without which the run does not start."""
+        return self.workers[0] if isinstance(self.workers, tuple) else self.workers
+
+    @property
+    def max_workers(self) -> int:
+        """Ranks that are asked for. 0: without Ray."""
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
 
 
 class RunConfig(Frozen):
@@ -328,6 +399,11 @@ class RunConfig(Frozen):
             wrong.append("few_shot: calibrated compares the likelihoods of task.labels, and this task has none")
         if train.warmup_steps >= train.steps:
             wrong.append(f"{method}: train.warmup_steps={train.warmup_steps} must be less than steps={train.steps}")
+        if method in ("full_finetuning", "few_shot") and self.cluster.is_elastic:
+            wrong.append(
+                f"method: {method!r} keeps no checkpoint, so that every change of workers would start it anew; "
+                f"cluster.workers must be one number, got [{self.cluster.min_workers}, {self.cluster.max_workers}]"
+            )
         if wrong:
             raise ValueError("\n".join(wrong))
         return self
@@ -373,7 +449,12 @@ class RunConfig(Frozen):
     @property
     def run_dir(self) -> Path:
         """Where everything of this run is kept."""
-        return self.cluster.storage / self.name
+        return self.cluster.runs_dir / self.name
+
+    @property
+    def run_url(self) -> str | None:
+        """The same in the storage, where that is an object store."""
+        return f"{self.cluster.storage}/{self.name}" if is_url(self.cluster.storage) else None
 
     @property
     def metrics_path(self) -> Path:

@@ -20,9 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from peftscale import catalogue, complaints, limits
+from peftscale import catalogue, complaints, limits, redaction
 from peftscale.complaints import Problems, close_to, shown
-from peftscale.config import RunConfig
+from peftscale.config import RunConfig, is_url
 from peftscale.errors import ConfigError
 
 _SPLITS = ("train", "validation", "test")
@@ -48,6 +48,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = Path(path)
     problems = Problems()
     raw = _typed(path, overrides, problems)
+    _refuse_secrets(raw, (), problems)
     _fill_tasks(raw, problems)
     _expand(raw, problems)
     cfg: RunConfig | None = None
@@ -73,10 +74,12 @@ def placed(path: str | Path, overrides: Sequence[str], place: Callable[[str, str
     raw = _typed(Path(path), overrides, Problems())
     for holder, keys in _paths(raw):
         typed = holder[keys[-1]]
-        is_hub_id = keys == ("base", "model") and not Path(typed).is_absolute()
+        is_no_path = (keys == ("base", "model") and not Path(typed).is_absolute()) or (
+            isinstance(typed, str) and is_url(typed)
+        )
         if isinstance(typed, list):
             holder[keys[-1]] = [place(".".join(keys), one) for one in typed]
-        elif not is_hub_id:
+        elif not is_no_path:
             holder[keys[-1]] = place(".".join(keys), typed)
     return raw
 
@@ -287,6 +290,19 @@ def _entry(node: Any, key: Any, keys: tuple[str, ...], problems: Problems, left:
         return None
 
 
+def _refuse_secrets(node: Any, keys: tuple[str, ...], problems: Problems) -> None:
+    """A run file is copied into runs, checkpoints and jobs, and what is in it is shown."""
+    if isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            _refuse_secrets(value, (*keys, str(key)), problems)
+    elif isinstance(node, str) and (shown := redaction.redacted(node)) != node:
+        problems.add(
+            keys,
+            f"holds a secret, which a run file must not ({shown}). Programs take theirs from the environment; a "
+            f"cluster's nodes are given those that cluster.deploy.secrets names",
+        )
+
+
 def _take_paths_from(folder: Path, raw: dict[str, Any], problems: Problems) -> None:
     """Make the paths in `raw` absolute, in place, and look whether the files that are read are there."""
     for holder, keys in _paths(raw):
@@ -319,6 +335,8 @@ def _absolute(folder: Path, typed: Any, keys: complaints.Keys, problems: Problem
     """A path as it was typed, taken from the run file's folder; what is no path comes back as it is."""
     if not isinstance(typed, str) or not typed or (keys == ("base", "model") and not _is_path(typed, folder)):
         return typed
+    if is_url(typed) and keys == ("cluster", "storage"):
+        return typed.rstrip("/")
     if "://" in typed:
         problems.add(keys, f"must be a path that every node sees (a mounted directory), got the URL {shown(typed)}")
         return typed

@@ -33,6 +33,12 @@ class SharedDir(Frozen):
             raise ValueError("claim, nfs: at least one must be given; nodes mount it at `path`")
         return self
 
+    @property
+    def cache_env(self) -> dict[str, str]:
+        """Downloads and packs go here, so that a node that is new finds them."""
+        cache = f"{self.path}/.cache"
+        return {"PEFTSCALE_CACHE": f"{cache}/peftscale", "HF_HOME": f"{cache}/huggingface"}
+
 
 class AwsConfig(Frozen):
     """Machines for the Ray cluster launcher on AWS."""
@@ -81,8 +87,8 @@ class DeployConfig(Frozen):
     hours: PositiveFloat | None = None
     """The job is ended then. It goes on where it was when it is submitted again."""
     secrets: tuple[str, ...] = ()
-    """VARIABLE=SECRET/KEY: environment variable, and the Kubernetes secret that holds its value. slurm, skypilot and
-    torchrun take the value from the environment they are submitted from. No value is ever written."""
+    """VARIABLE=SECRET/KEY: environment variable, and the Kubernetes secret that holds its value. slurm, skypilot,
+    torchrun and `peftscale submit` take the value from the environment they are submitted from. No value is logged."""
     aws: AwsConfig | None = None
     """For ray-aws alone."""
     gcp: GcpConfig | None = None

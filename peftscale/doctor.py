@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from rich.table import Table
 from rich.text import Text
 
-from peftscale import machine
+from peftscale import auth, machine
 from peftscale.config import Frozen
 from peftscale.records import version_of
 
@@ -217,7 +217,7 @@ def _ray_address() -> Iterable[Check]:
 
 def _ray_token() -> Iterable[Check]:
     name, mode = "ray token", os.environ.get("RAY_AUTH_MODE")
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    file = auth.file()
     if mode is not None and mode.lower() not in ("token", "disabled"):
         advice = "set it to token or disabled; Ray does not start"
         yield Check(name=name, status="fail", found=f"RAY_AUTH_MODE={mode}", advice=advice)
@@ -234,7 +234,7 @@ def _ray_token() -> Iterable[Check]:
         else:
             yield Check(name=name, status="ok", found=f"{file} has mode {bits:04o}")
     elif _can_write(file.parent):
-        yield Check(name=name, status="ok", found=f"none yet; Ray makes {file} at its first start")
+        yield Check(name=name, status="ok", found=f"none yet; {file} is made when Ray first starts")
     else:
         advice = "Ray fails at its start; set HOME or RAY_AUTH_TOKEN_PATH to a place that can be written"
         yield Check(name=name, status="fail", found=f"{file} is not there and cannot be made", advice=advice)

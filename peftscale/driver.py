@@ -1,25 +1,39 @@
 """The driver: work of a run file, in this process or as Ray workers: train, evaluate, generate.
 
-Ray starts the workers, restarts a dead group, and carries the result back; checkpoints and metrics are ours. What a
-worker does is `train.worker` and `train.use`.
+Ray starts the workers, restarts a dead group, and carries the result back (`workers`); checkpoints and metrics are
+ours. What a worker does is `train.worker` and `train.use`.
 """
 
 import contextlib
 import json
 import logging
-import math
 import os
 import shutil
-import stat
+import traceback
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftscale import catalogue, configio, errors, gauges, logs, machine, plan, progress, records
+from peftscale import (
+    auth,
+    catalogue,
+    configio,
+    errors,
+    gauges,
+    logs,
+    machine,
+    progress,
+    records,
+    redaction,
+    storage,
+    workers,
+)
 from peftscale.config import RunConfig, TaskConfig
 from peftscale.errors import AdapterError, CheckpointError, ClusterError, ConfigError, PeftscaleError, TrainingError
-from peftscale.records import Record, RunSummary, StepRecord
+from peftscale.records import NoteRecord, Record, RunSummary, StepRecord
+
+log = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 80 * 1024**2  # Ray's least; nothing of ours goes through it
 _NOT_RESUMED = {
@@ -40,20 +54,24 @@ def run(cfg: RunConfig, *, resume: bool = False, show: bool = True) -> RunSummar
         PeftscaleError: the user's input is wrong; nothing of a new run is left behind.
         TrainingError: the run failed.
     """
-    is_main = int(os.environ.get("RANK", "0")) == 0 or cfg.cluster.workers > 0
+    is_main = int(os.environ.get("RANK", "0")) == 0 or cfg.cluster.max_workers > 0
     if resume and cfg.method in _NOT_RESUMED:
         raise CheckpointError(f"--resume {cfg.name}: {_NOT_RESUMED[cfg.method]} Start it under another name.")
-    if cfg.cluster.workers > 0:
+    if cfg.cluster.max_workers > 0:
         _check_resources(cfg)  # before anything is written
-    made = _open_run_dir(cfg, resume=resume) if is_main else []
+    mirror = storage.Mirror(cfg)
+    made = _open_run_dir(cfg, mirror, resume=resume) if is_main else []
     try:
-        view = progress.followed(cfg.metrics_path, cfg, show=show) if is_main else contextlib.nullcontext()
+        followed = progress.followed(cfg.metrics_path, cfg, show=show, refresh=mirror.follow)
+        view = followed if is_main else contextlib.nullcontext()
         with view:
             return RunSummary.model_validate(_work(cfg, "train", {}))
     except PeftscaleError:
         if made and not any(cfg.run_dir.glob("*/step-*")) and not any(cfg.run_dir.glob("*/best")):
             shutil.rmtree(cfg.run_dir, ignore_errors=True)  # the name stays free for the corrected run
             _remove_empty(made)
+            with contextlib.suppress(PeftscaleError):
+                mirror.remove()
         raise
 
 
@@ -64,6 +82,7 @@ def finished(cfg: RunConfig) -> RunSummary:
         ConfigError: the run under its name is another one.
         PeftscaleError, TrainingError: as `run`.
     """
+    storage.Mirror(cfg).pull()
     stored = cfg.run_dir / "run.json"
     if not stored.exists():
         return run(cfg)
@@ -87,7 +106,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """`analysis.matrix.scores` on the run file's workers."""
     payload = {
-        "directories": [str(path) for path in directories],
+        "directories": [storage.url_of(path) for path in directories],
         "tasks": [task.model_dump_json() for task in tasks],
         "split": split,
         "with_ensemble": with_ensemble,
@@ -103,13 +122,13 @@ def generate(cfg: RunConfig, directories: Sequence[Path], rows: Sequence[Mapping
     """
     if cfg.method != "adapters":
         raise ConfigError(f"method: only adapters answer single inputs, got {cfg.method!r}. Score it with evaluate.")
-    payload = {"directories": [str(path) for path in directories], "rows": [dict(row) for row in rows]}
+    payload = {"directories": [storage.url_of(path) for path in directories], "rows": [dict(row) for row in rows]}
     return _work(cfg, "answers", payload)
 
 
-def adapter_dirs(cfg: RunConfig, given: Sequence[Path] | None) -> list[Path]:
+def adapter_dirs(cfg: RunConfig, given: Sequence[str] | None) -> list[Path]:
     """The adapters that a command works on: those that were named, else the best ones of the run itself. Of a baseline,
-    its best state.
+    its best state. What is in an object store is fetched.
 
     Raises:
         AdapterError: none was named and the run has none.
@@ -118,10 +137,11 @@ def adapter_dirs(cfg: RunConfig, given: Sequence[Path] | None) -> list[Path]:
     if given and len(given) > 1 and cfg.method != "adapters":
         raise ConfigError(f"--adapter: method={cfg.method} is scored one state at a time, got {len(given)}.")
     if given:
-        return [path.absolute() for path in given]
+        return [storage.here(place) for place in given]
     if cfg.method != "adapters":
         raise AdapterError(f"method={cfg.method}: such a run makes no adapter. Name those you mean with --adapter.")
-    found = [cfg.adapters_dir / name / "best" for name in cfg.adapters]
+    adapters_dir = storage.here(f"{cfg.run_url}/adapters") if cfg.run_url else cfg.adapters_dir
+    found = [adapters_dir / name / "best" for name in cfg.adapters]
     if cfg.method != "adapters":
         found = [cfg.run_dir / cfg.method / "best"]
     missing = [path for path in found if not path.is_dir()]
@@ -149,7 +169,8 @@ def with_task_of(cfg: RunConfig, directories: Sequence[Path]) -> RunConfig:
 def _tasks_of(cfg: RunConfig, directory: Path) -> tuple[TaskConfig, ...]:
     """What an adapter was trained on, its own task first, where it is the run's own; else the run's task."""
     name = directory.parent.name
-    is_own = directory.parent.parent == cfg.adapters_dir and name in cfg.adapters
+    own = storage.fetched(f"{cfg.run_url}/adapters") if cfg.run_url else cfg.adapters_dir
+    is_own = directory.parent.parent == own and name in cfg.adapters
     return cfg.adapter_tasks(name) if is_own else (cfg.task,)
 
 
@@ -219,8 +240,8 @@ def input_rows(cfg: RunConfig, texts: Sequence[str], rows: Sequence[str]) -> lis
 
 def _work(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[str, Any]:
     """Run one of `_TASKS` here or on Ray."""
-    plan.refuse_what_is_only_planned(cfg.base)
-    if cfg.cluster.workers == 0:
+    redaction.name(cfg.cluster.deploy.secret_references if cfg.cluster.deploy else ())
+    if cfg.cluster.max_workers == 0:
         return _TASKS[task](cfg, payload)
     _check_resources(cfg)
     return _run_with_ray(cfg, task, payload)
@@ -228,51 +249,66 @@ def _work(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[str, Any]:
 
 def _train(cfg: RunConfig, payload: dict[str, Any]) -> dict[str, Any]:
     from peftscale import baselines
-    from peftscale.train import worker
+    from peftscale.train import comm, journal, use, worker
 
-    uses_ray, rank = cfg.cluster.workers > 0, int(os.environ.get("RANK", "0"))
+    uses_ray, rank = cfg.cluster.max_workers > 0, int(os.environ.get("RANK", "0"))
+    mirror = storage.Mirror(cfg, rank)
 
     def report(step: int) -> None:
+        try:
+            mirror.push()
+        except CheckpointError as error:  # the run is worth more: the next checkpoint, or the end, tries again
+            log.warning(str(error))
+            if rank == 0:
+                records.append(cfg.metrics_path, NoteRecord(step=step, text=str(error)))
         if uses_ray:
             import ray.train
 
             ray.train.report({"step": step})
 
     main = worker.main if cfg.method == "adapters" else baselines.main
-    with logs.kept(cfg.logs_dir, rank) as book:
+    with contextlib.ExitStack() as stack:
+        if cfg.run_url:
+            stack.enter_context(use.session(cfg))
+            comm.together(mirror.pull)  # what rank 0 cannot have, every rank says
+            stack.enter_context(mirror.pushed_at_the_end())
+        book = stack.enter_context(logs.kept(cfg.logs_dir, rank))
         live = gauges.Gauges(cfg.name, rank) if uses_ray else None
 
         def watch(row: Record) -> None:
             if isinstance(row, StepRecord):
                 book.step = row.step
+                mirror.push_rows()
             if live is not None:
                 live.show(row)
 
-        return main(cfg, report, watch).model_dump(mode="json")
+        is_leaving = workers.is_leaving if uses_ray else journal.never
+        return main(cfg, report, watch, is_leaving).model_dump(mode="json")
 
 
 def _scores(cfg: RunConfig, payload: dict[str, Any]) -> dict[str, Any]:
     from peftscale.analysis import matrix
 
     tasks = [TaskConfig.model_validate_json(text, strict=True) for text in payload["tasks"]]
-    directories = [Path(path) for path in payload["directories"]]
+    directories = [storage.here(place) for place in payload["directories"]]
     return matrix.scores(cfg, directories, tasks, payload["split"], with_ensemble=payload["with_ensemble"])
 
 
 def _answers(cfg: RunConfig, payload: dict[str, Any]) -> dict[str, Any]:
     from peftscale.train import use
 
-    return use.answers(cfg, [Path(path) for path in payload["directories"]], payload["rows"])
+    return use.answers(cfg, [storage.here(place) for place in payload["directories"]], payload["rows"])
 
 
 _TASKS = {"train": _train, "scores": _scores, "answers": _answers}
 
 
-def _open_run_dir(cfg: RunConfig, *, resume: bool) -> list[Path]:
+def _open_run_dir(cfg: RunConfig, mirror: storage.Mirror, *, resume: bool) -> list[Path]:
     """Make a new run's directory, or look for an old one's. Returns the directories that were made, innermost first."""
     if resume:
+        mirror.pull()
         if not (cfg.run_dir / "run.json").exists():
-            known = sorted(p.parent.name for p in cfg.cluster.storage.glob("*/run.json"))
+            known = mirror.names()
             raise CheckpointError(
                 f"--resume {cfg.name}: no such run in {cfg.cluster.storage}; there is {', '.join(known) or 'none'}."
             )
@@ -280,16 +316,22 @@ def _open_run_dir(cfg: RunConfig, *, resume: bool) -> list[Path]:
         return []
     made = [path for path in (cfg.run_dir, *cfg.run_dir.parents) if not path.exists()]
     try:
+        if mirror.exists():
+            raise FileExistsError
         cfg.run_dir.mkdir(parents=True)
         (cfg.run_dir / "run.json").write_text(cfg.model_dump_json(indent=1))
+        mirror.push()  # whether it can be written is known before anything is held
     except FileExistsError:
+        copy = f" or {cfg.run_dir}, its working copy" if cfg.run_url else ""
         raise ConfigError(
-            f"name: a run {cfg.name!r} exists in {cfg.cluster.storage}. "
+            f"name: a run {cfg.name!r} exists in {cfg.cluster.storage}{copy}. "
             f"Choose another with name=..., or go on with --resume {cfg.name}."
         ) from None
-    except OSError as error:
+    except (OSError, CheckpointError) as error:
         shutil.rmtree(cfg.run_dir, ignore_errors=True)
         _remove_empty(made)
+        if isinstance(error, CheckpointError):
+            raise
         raise ConfigError(
             f"cluster.storage={cfg.cluster.storage} cannot be written: {error.strerror}. Choose another directory, or "
             f"make room."
@@ -308,94 +350,26 @@ def _remove_empty(directories: Sequence[Path]) -> None:
 def _check_resources(cfg: RunConfig) -> None:
     """Refuse what Ray would wait for without end. A cluster elsewhere is asked once it is joined."""
     if not os.environ.get("RAY_ADDRESS"):
-        _refuse_too_much(cfg, machine.num_cpus(), len(machine.accelerators()), "this machine")
-
-
-def _refuse_too_much(cfg: RunConfig, num_cpus: float, num_gpus: float, where: str) -> None:
-    cluster = cfg.cluster
-    for key, each, have in (("cpus", cluster.cpus_per_worker, num_cpus), ("gpus", cluster.gpus_per_worker, num_gpus)):
-        if cluster.workers * each > have:
-            raise ClusterError(
-                f"cluster.workers={cluster.workers} x cluster.{key}_per_worker={each:g} needs "
-                f"{cluster.workers * each:g} {key.upper()[:-1]}s, {where} has {have:g}; Ray would wait for ever. "
-                f"Lower cluster.workers or cluster.{key}_per_worker."
-            )
-
-
-def _refuse_too_few_places(cfg: RunConfig, nodes: Sequence[Mapping[str, float]]) -> None:
-    """A worker lies on one node: what counts is how many each can hold, not the sum over the cluster."""
-    wanted = {"CPU": cfg.cluster.cpus_per_worker, "GPU": cfg.cluster.gpus_per_worker}
-    places = sum(
-        math.floor(min(node.get(kind, 0) / each for kind, each in wanted.items() if each) + 1e-9) for node in nodes
-    )
-    if places < cfg.cluster.workers:
-        raise ClusterError(
-            f"cluster.workers={cfg.cluster.workers}: the {len(nodes)} node(s) of the Ray cluster have room for "
-            f"{places} worker(s) of cluster.cpus_per_worker={wanted['CPU']:g} and "
-            f"cluster.gpus_per_worker={wanted['GPU']:g}; Ray would wait for ever. Lower one of the three."
-        )
+        workers.refuse_too_much(cfg, machine.num_cpus(), len(machine.accelerators()), "this machine")
 
 
 def _run_with_ray(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[str, Any]:
-    _set_ray_defaults()
+    workers.set_ray_defaults()
     import ray
-    from ray.train import FailureConfig, ScalingConfig
-    from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
 
     started_here = not ray.is_initialized()
     if started_here:
         _start_ray(ray)
     # A new name each time: Ray resumes what it finds under an old one, and the state to resume is ours.
-    own = cfg.cluster.storage / ".ray" / f"{task}-{uuid.uuid4().hex[:8]}"
+    own = f"{cfg.cluster.storage}/.ray/{task}-{uuid.uuid4().hex[:8]}"
     try:
-        _refuse_too_few_places(cfg, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-        use_gpu = cfg.cluster.gpus_per_worker > 0
-        trainer = TorchTrainer(
-            _worker,
-            train_loop_config={"cfg": configio.dump(cfg), "task": task, "payload": payload},
-            scaling_config=ScalingConfig(
-                num_workers=cfg.cluster.workers,
-                use_gpu=use_gpu,
-                resources_per_worker={
-                    "CPU": cfg.cluster.cpus_per_worker,
-                    **({"GPU": cfg.cluster.gpus_per_worker} if use_gpu else {}),
-                },
-            ),
-            run_config=RayRunConfig(
-                name=own.name,
-                storage_path=str(own.parent),
-                failure_config=FailureConfig(max_failures=cfg.cluster.retries),
-            ),
-            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        )
-        return _result(_fit(cfg, trainer))
+        workers.refuse_too_few_places(cfg, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        config = {"cfg": configio.dump(cfg), "task": task, "payload": payload}
+        return _result(workers.run(cfg, _worker_with(redaction.named_variables()), config, own=own))
     finally:
         if started_here:
             ray.shutdown()
-        shutil.rmtree(own, ignore_errors=True)  # a marker of Ray's; nothing of ours
-        _remove_empty([own.parent])
-
-
-def _fit(cfg: RunConfig, trainer: Any) -> dict[str, Any]:
-    from ray.train import TrainingFailedError
-
-    try:
-        value: dict[str, Any] = trainer.fit().return_value
-        return value
-    except SystemExit as stop:  # Ray's own answer to Ctrl-C
-        raise KeyboardInterrupt from stop
-    except TrainingFailedError as error:
-        failures = getattr(error, "worker_failures", {})
-        causes = [f"rank {rank}: {_last_line(cause)}" for rank, cause in sorted(failures.items())]
-        first = logs.first_error(cfg.logs_dir)
-        said = "" if first is None else f" First: {first.words()} (traceback: peftscale logs {cfg.run_dir})."
-        raise TrainingError(f"the workers failed.{said} Ray: {'; '.join(causes) or _last_line(error)}") from error
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+        storage.delete(own)  # a marker of Ray's; nothing of ours
 
 
 def _result(value: dict[str, Any]) -> dict[str, Any]:
@@ -404,6 +378,16 @@ def _result(value: dict[str, Any]) -> dict[str, Any]:
         raise getattr(errors, value["error"])(value["message"])
     result: dict[str, Any] = value["result"]
     return result
+
+
+def _worker_with(secrets: Mapping[str, str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The worker, in an environment that has these too. Ray logs runtime environments, and shows a loop's config."""
+
+    def worker(config: dict[str, Any]) -> dict[str, Any]:
+        os.environ.update(secrets)
+        return _worker(config)
+
+    return worker
 
 
 def _worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -415,31 +399,25 @@ def _worker(config: dict[str, Any]) -> dict[str, Any]:
         return {"result": _TASKS[config["task"]](configio.from_dict(config["cfg"]), config["payload"])}
     except (PeftscaleError, TrainingError) as error:
         return {"error": type(error).__name__, "message": str(error)}
-
-
-def _set_ray_defaults() -> None:
-    """Before ray is imported. What the user has set stays."""
-    for name, value in {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # it would pack the working directory for local runs
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-        "TOKENIZERS_PARALLELISM": "false",
-    }.items():
-        os.environ.setdefault(name, value)
+    except Exception as error:  # which Ray writes into logs of its own
+        shown = redaction.current_error()
+        if shown == traceback.format_exc():
+            raise
+        raise RuntimeError(f"{type(error).__name__}, with a secret taken out:\n{shown}") from None
 
 
 def _start_ray(ray: Any) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
-            ray.init(address=address, logging_level=logging.ERROR)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ClusterError(
-                f"RAY_ADDRESS={address}: no Ray cluster answers there ({_last_line(error)}). "
+                f"RAY_ADDRESS={address}: no Ray cluster answers there ({workers.last_line(error)}). "
                 f"Unset it to run on this machine."
             ) from error
         return
+    auth.prepare()
     ray.init(
         address="local",
         num_cpus=machine.num_cpus(),
@@ -448,6 +426,3 @@ def _start_ray(ray: Any) -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
-    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if token.is_file():
-        token.chmod(stat.S_IRUSR | stat.S_IWUSR)  # Ray leaves it readable by everybody

@@ -7,16 +7,18 @@ traceback. Loads without torch.
 import contextlib
 import datetime
 import logging
+import re
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from peftscale.records import Row
+from peftscale.redaction import Redacted
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +27,10 @@ _POLL_S = 0.2
 _BEGINS = "begins"
 _START_S = 600.0
 """Ranks of one group begin within it."""
+_ABOUT_OTHERS = re.compile(
+    r": rank \d+: |gloo/|NCCL|Connection (closed|reset) by peer|DistBackendError|CollectiveTimeoutError"
+)
+"""In the error of a rank that another one has left, or that was told of another one's error."""
 
 
 class LogLine(Row):
@@ -39,8 +45,8 @@ class LogLine(Row):
     step: int
     """Steps taken by then."""
     logger: str
-    message: str
-    traceback: str | None = None
+    message: Redacted
+    traceback: Redacted | None = None
 
     def words(self) -> str:
         """Who said what."""
@@ -134,17 +140,34 @@ def follow(directory: Path, ranks: Sequence[int], level: str, until: Callable[[]
         time.sleep(_POLL_S)
 
 
-def first_error(directory: Path) -> LogLine | None:
-    """The error that was written first since the ranks began the last time: what others say after it follows from it.
+def cause(directory: Path, gone: Collection[int] = ()) -> str | None:
+    """What ended the ranks that began the last time, in one line: which rank, on which host, which error.
 
+    The first error that is not about another rank. Where there is none, a rank that wrote nothing was killed, or hangs.
     The clocks of hosts are taken to agree.
+
+    Args:
+        directory: of the log files.
+        gone: ranks that are known to have died.
+
+    Returns:
+        None where no rank wrote an error and none is known to be gone.
     """
     lines = read(directory)
-    begun = {line.rank: line.time for line in lines if line.message == _BEGINS}
-    last_begin = max(begun.values(), default="")
+    begun = {line.rank: line for line in lines if line.message == _BEGINS}
+    last_begin = max((line.time for line in begun.values()), default="")
     # A rank of a larger group that is gone began long before.
-    of_last = [time for time in begun.values() if _seconds(time, last_begin) < _START_S]
-    return next((line for line in lines if line.level == "error" and line.time >= min(of_last, default="")), None)
+    of_last = [line for line in begun.values() if _seconds(line.time, last_begin) < _START_S]
+    since = min((line.time for line in of_last), default="")
+    failed = [line for line in lines if line.level == "error" and line.time >= since]
+    own = [line for line in failed if not _ABOUT_OTHERS.search(line.message)]
+    wrote = {line.rank for line in failed}
+    silent = [line for line in of_last if line.rank not in wrote and (failed or line.rank in gone)]
+    if own or not silent:
+        return next((line.words() for line in (*own, *failed)), None)
+    named = " and ".join(f"rank {line.rank} on {line.host}" for line in silent)
+    missed = f"; it was missed by {failed[0].words()}" if failed else ""
+    return f"{named} was killed or hangs, without a word{missed}"
 
 
 def _seconds(start: str, end: str) -> float:

@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from peftscale import __version__, machine
 from peftscale.config import Frozen
 from peftscale.errors import DataError
+from peftscale.redaction import Redacted
 
 # What a number depends on. The pins of everything are constraints.txt.
 _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "bitsandbytes", "datasets", "ray", "peft")
@@ -40,6 +41,11 @@ class StepRecord(Row):
     """The highest of the adapters that were updated; 0 where none was."""
     learning_rates: dict[str, float] = Field(default_factory=dict)
     """Of each adapter that was updated, where they are not all the same."""
+    examples: dict[str, int] = Field(default_factory=dict)
+    """Of each adapter that still trained, its examples up to the end of this step, over all ranks and epochs: the
+    position in the order that its seed gives."""
+    texts_crc32: int = 0
+    """Checksum of the global batch, in its order: the same where the same examples were trained on."""
     tokens: int
     """Input and target tokens of the global batch, without padding and without virtual tokens."""
     seconds: float
@@ -49,6 +55,8 @@ class StepRecord(Row):
     control_bytes: int
     checks_bytes: int = 0
     """DeepSpeed's comparison of module traces between ranks, after the kind of pass changed."""
+    gathered_between_nodes_bytes: int = 0
+    """Of those gathered: slices that lie on other nodes."""
     skipped: bool
     """The loss or a gradient of an adapter was not finite, and that adapter was not changed."""
     skipped_adapters: tuple[str, ...] = ()
@@ -95,7 +103,7 @@ class NoteRecord(Row):
 
     kind: Literal["note"] = "note"
     step: int
-    text: str
+    text: Redacted
 
 
 class BenchRecord(Row):
@@ -131,6 +139,7 @@ class Predicted(Row):
     gathered_bytes_per_step: int
     control_bytes_per_step: int
     peak_rank_bytes: int
+    gathered_between_nodes_bytes_per_step: int = 0
     step_s: float | None = None
     """None where the rates of the device are not known."""
 
@@ -147,7 +156,7 @@ class AdapterSummary(Row):
     """Of its last step."""
     steps: int
     """That it took; the run goes on for as long as any adapter trains."""
-    stopped: str | None
+    stopped: Redacted | None
     """Why it left before its last step (early stop, or steps that were not finite); None where it took them all."""
     before: dict[str, float]
     """Metrics on the test split (validation where there is none, or one of its tasks has none) before the first step.
@@ -170,6 +179,8 @@ class RunSummary(Row):
     gathered_bytes_per_step: int
     control_bytes_per_step: int
     peak_rank_bytes: int
+    gathered_between_nodes_bytes_per_step: int = 0
+    """Of those gathered: slices that lie on other nodes."""
     step_s: float | None = None
     """Median over the training steps; None without one, and in summaries that were written without it."""
     predicted: Predicted
@@ -235,7 +246,7 @@ def environment() -> Environment:
     versions |= {name: version for name in _PACKAGES if (version := version_of(name))}
     return Environment(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        commit=_commit(),
+        commit=revision(Path(__file__)),
         versions=versions,
         platform=platform.platform(),
         processor=machine.processor(),
@@ -254,17 +265,17 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
-    """The commit of the checkout that this file belongs to; None when it is installed, or git is not there."""
-    here = Path(__file__).parent
+def revision(file: Path) -> str | None:
+    """The commit of the checkout that a file belongs to, with `-dirty` where files differ from it; None where git does
+    not know the file, or is not there."""
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here), *arguments]
+        command = ["git", "-C", str(file.absolute().parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        # An environment may lie inside somebody else's repository, whose commit says nothing about us.
-        git("ls-files", "--error-unmatch", Path(__file__).name)
+        # It may lie inside somebody else's repository, whose commit says nothing about it.
+        git("ls-files", "--error-unmatch", file.name)
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from peftscale.plan import pace
 from peftscale.records import RunSummary
+from peftscale.redaction import redacted
 
 _NUM_WORDS = 12
 
@@ -29,13 +30,13 @@ def show(content: RenderableType) -> None:
 def show_json(value: Mapping[str, Any]) -> None:
     """Print as the one JSON object of a command, on standard output."""
     if _is_first_rank():
-        print(json.dumps(value, indent=1))
+        print(redacted(json.dumps(value, indent=1)))
 
 
 def note(line: str) -> None:
     """Print one line of text on standard error as it is: no markup, no breaks."""
     if _is_first_rank():
-        print(line, file=sys.stderr)
+        print(redacted(line), file=sys.stderr)
 
 
 def summary_table(summary: RunSummary) -> Table:
@@ -55,7 +56,10 @@ def summary_table(summary: RunSummary) -> Table:
         if adapter.dir:
             table.add_row(f"{name}: file bytes", f"{adapter.file_bytes:,}", "")
             table.add_row(f"{name}: directory", adapter.dir, "")
-    for key in ("reduced_bytes_per_step", "gathered_bytes_per_step", "control_bytes_per_step", "peak_rank_bytes"):
+    keys = ["reduced_bytes_per_step", "gathered_bytes_per_step", "control_bytes_per_step", "peak_rank_bytes"]
+    if summary.sharding == "node" or summary.gathered_between_nodes_bytes_per_step:
+        keys.insert(2, "gathered_between_nodes_bytes_per_step")
+    for key in keys:
         table.add_row(key.replace("_", " "), f"{getattr(summary, key):,}", f"{getattr(summary.predicted, key):,}")
     if summary.step_s is not None:
         step_s = summary.predicted.step_s
@@ -200,7 +204,7 @@ def facts_table(title: str, values: Mapping[str, Any]) -> Table:
     table.add_column()
     table.add_column(overflow="fold")
     for key, value in values.items():
-        table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+        table.add_row(key.replace("_", " "), Text(f"{value:,}" if isinstance(value, int) else str(value)))
     return table
 
 

@@ -195,7 +195,8 @@ def _check_volumes(spec: dict[str, Any]) -> None:
 
 
 def _published(crd: Path) -> dict[str, Any]:
-    versions = yaml.load(crd.read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["spec"]["versions"]
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    versions = yaml.load(crd.read_text(), Loader=loader)["spec"]["versions"]  # noqa: S506
     schema: dict[str, Any] = next(one["schema"]["openAPIV3Schema"] for one in versions if one["name"] == "v1")
     schema["properties"]["metadata"] = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
     return schema

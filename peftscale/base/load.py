@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from peftscale.base import host_memory, pack
 from peftscale.base.pack import PackedBase
 from peftscale.base.skeleton import Skeleton, build, read_config
 from peftscale.config import BaseConfig
 from peftscale.errors import ModelError
-from peftscale.facts.skeleton import max_positions
+from peftscale.facts.skeleton import max_positions, own_files
 
 if TYPE_CHECKING:
     from peftscale.base.shard import _Partition
@@ -47,6 +49,10 @@ class Base:
     """The attention implementation that transformers chose for the model."""
     is_packed: bool = False
     """Passes are packed; set by `exactness.make_packed`."""
+    why_padded: str = "packing is off"
+    """Where they are not; what was found is set by `train.setup`."""
+    why_no_prefix: str | None = None
+    """Why the base takes no prefix, empty where it does; None until `adapters.refuse_prefix_on` has tried."""
     notes: tuple[str, ...] = ()
     """What whoever trains through it should know, a line each."""
 
@@ -177,26 +183,29 @@ def load(
     *,
     sharding: Literal["replicated", "node", "world"],
     device: torch.device,
+    node: ProcessGroup | None = None,
     prefetch_elements: int = 0,
     opened: "Opened | None" = None,
 ) -> Base:
-    """Load and freeze a base. With sharding 'world' every rank calls it, after `torch.distributed` is up.
+    """Load and freeze a base. Sharded, every rank calls it, after `torch.distributed` is up.
 
     Args:
         cfg: the run file's section.
-        sharding: what the plan decided. 'node' is planned alone so far.
+        sharding: what the plan decided.
         device: of this rank.
+        node: the ranks of this rank's node, which hold the base together when sharding is 'node'.
         prefetch_elements: of the plan; storage elements that may be gathered ahead of use.
         opened: what `open_` gave, where the caller wants its errors first.
 
     Raises:
         ModelError: the model cannot be read, packed or sharded; the message names the key and the tensor.
     """
-    assert sharding != "node", "plan.refuse_what_is_only_planned was not asked"
+    assert (sharding == "node") == (node is not None)
     opened = opened or open_(cfg)
     skeleton = opened.skeleton
-    is_sharded = sharding == "world"
-    _materialise(skeleton, opened.packed, is_sharded=is_sharded, device=device)
+    is_sharded = sharding != "replicated"
+    init = sharder(device).partitioner(node) if is_sharded else None
+    _materialise(skeleton, opened.packed, init, device=device)
     notes = prepare(skeleton.model, device=device)
     if is_sharded:
         sharder(device).attach(skeleton.model, skeleton.blocks, prefetch_elements=prefetch_elements)
@@ -274,38 +283,40 @@ def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
         return tokenizer
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if code := get_tokenizer_config(model_dir).get("auto_map"):
+            raise ModelError(
+                f"base.model={model_dir}: its tokenizer is code that came with it ({own_files(code)}), which is never "
+                f"run, and no file can allow it. Put a tokenizer.json of the same words there, and a "
+                f"tokenizer_config.json without auto_map."
+            ) from error
         raise ModelError(
             f"base.model={model_dir} has no tokenizer that transformers can read ({type(error).__name__}). "
             f"Put tokenizer.json and tokenizer_config.json beside config.json."
         ) from error
 
 
-def _materialise(skeleton: Skeleton, packed: PackedBase, *, is_sharded: bool, device: torch.device) -> None:
+def _materialise(skeleton: Skeleton, packed: PackedBase, init: "_Partition | None", *, device: torch.device) -> None:
     """Give every meta parameter storage, one at a time, filled with this rank's bytes."""
-    init = None
-    rank = 0
-    if is_sharded:
-        init, rank = sharder(device).partitioner(), torch.distributed.get_rank()
     made: dict[int, nn.Parameter] = {}  # a tied weight is one parameter under two names
     entries = {entry.name for entry in skeleton.entries}
     for name, meta in list(skeleton.model.named_parameters(remove_duplicate=False)):
         module_name, _, leaf = name.rpartition(".")
         if id(meta) not in made:
             assert name in entries, name
-            made[id(meta)] = _filled(packed, name, meta, init, rank=rank, device=device)
+            made[id(meta)] = _filled(packed, name, meta, init, device=device)
         setattr(skeleton.model.get_submodule(module_name), leaf, made[id(meta)])
 
 
 def _filled(
-    packed: PackedBase, name: str, meta: nn.Parameter, init: "_Partition | None", *, rank: int, device: torch.device
+    packed: PackedBase, name: str, meta: nn.Parameter, init: "_Partition | None", *, device: torch.device
 ) -> nn.Parameter:
     # torch.empty on CPU takes no memory until it is written, and the slice is cut before anything is.
     parameter = nn.Parameter(torch.empty(meta.shape, dtype=meta.dtype, device=device), requires_grad=False)
-    piece = parameter.data
+    piece, place = parameter.data, 0
     if init is not None:
-        piece = sharder(device).partition(init, parameter)
+        piece, place = sharder(device).partition(init, parameter), init.rank
     host = piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu", pin_memory=True)
-    packed.read_into(name, rank * piece.nbytes, pack.raw_bytes(host))
+    packed.read_into(name, place * piece.nbytes, pack.raw_bytes(host))
     if host is not piece:
         piece.copy_(host)
     return parameter

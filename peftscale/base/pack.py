@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from peftscale import facts
+from peftscale import facts, machine
 from peftscale.base.linear import pack_weight
 from peftscale.base.skeleton import Entry, Skeleton
 from peftscale.config import Quantization
@@ -131,8 +131,7 @@ class PackedBase:
 
 def cache_dir() -> Path:
     """Where packs are kept: $PEFTSCALE_CACHE, or the user's cache directory."""
-    root = os.environ.get("PEFTSCALE_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "peftscale") / "packs"
+    return machine.cache_dir() / "packs"
 
 
 def cached(model_dir: Path, *, quantization: Quantization, compute_dtype: torch.dtype) -> Path:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read at import; `load.sharder` sets it for a CPU run beside a GPU
@@ -59,19 +60,23 @@ class _Partition(deepspeed.zero.Init):  # type: ignore[misc]
         param.partition()  # type: ignore[attr-defined]
 
 
-def partitioner() -> _Partition:
-    """What turns parameters into slices; one for a whole model. Needs a process group, which DeepSpeed joins."""
+def partitioner(holders: ProcessGroup | None) -> _Partition:
+    """What turns parameters into slices; one for a whole model. Needs a process group, which DeepSpeed joins.
+
+    Args:
+        holders: the ranks that hold the model together, and gather it from each other. None: all.
+    """
     # Otherwise a shared-memory op is compiled for a minute, and gloo does not use it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.comm.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
-    return _Partition(config_dict_or_path=_config(prefetch_elements=0))
+    return _Partition(config_dict_or_path=_config(prefetch_elements=0), data_parallel_group=holders)
 
 
 def partition(init: _Partition, parameter: nn.Parameter) -> Tensor:
     """Turn one materialised parameter into this rank's slice.
 
     Returns:
-        The slice, a vector of ceil(numel / world) elements of the parameter's dtype, to be filled in place.
+        The slice, a vector of ceil(numel / holders) elements of the parameter's dtype, to be filled in place.
         The tail past the parameter's end is padding.
     """
     init._zero_init_param(parameter)

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from peftscale.base import linear
 from peftscale.config import Quantization
 from peftscale.errors import ModelError
+from peftscale.facts.skeleton import refuse_own_code
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def read_config(model_dir: Path) -> PretrainedConfig:
         ModelError: transformers does not know the architecture or cannot read the file.
     """
     try:
+        refuse_own_code(str(model_dir), PretrainedConfig.get_config_dict(model_dir)[0])
         return AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ModelError(

@@ -11,6 +11,7 @@ from peftscale.config import RunConfig
 from peftscale.errors import ConfigError
 from peftscale.facts import BaseFacts
 from peftscale.plan import Placement, Plan, Work
+from peftscale.train import setup
 
 
 def of_training(
@@ -27,8 +28,8 @@ def of_training(
     """
     if num_trained is None and cfg.method == "lora":
         num_trained = 0
-    hardware = plan.detect(cuda=device.type == "cuda")
-    made = plan.baselines.of_training(cfg, _facts(cfg), hardware, world=world, num_trained=num_trained, work=work)
+    machine = setup.hardware(device)
+    made = plan.baselines.of_training(cfg, _facts(cfg), machine, world=world, num_trained=num_trained, work=work)
     if not made.fits:
         raise ConfigError("\n".join(made.problems))
     return made
@@ -36,8 +37,7 @@ def of_training(
 
 def of_evaluation(cfg: RunConfig, device: torch.device, placed: Placement, *, world: int, work: Work) -> Plan:
     """Prompt design. Whether it fits was asked when the base was placed."""
-    hardware = plan.detect(cuda=device.type == "cuda")
-    return plan.baselines.of_evaluation(cfg, _facts(cfg), hardware, placed, world=world, work=work)
+    return plan.baselines.of_evaluation(cfg, _facts(cfg), setup.hardware(device), placed, world=world, work=work)
 
 
 def _facts(cfg: RunConfig) -> BaseFacts:

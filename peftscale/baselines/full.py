@@ -89,7 +89,11 @@ class Full:
     def restore(self) -> None:
         """Read the best weights back, on every rank, in place."""
         with model.quiet(), torch.no_grad():
-            found = dict(type(self.base.model).from_pretrained(self.directory, dtype="auto").named_parameters())
+            found = dict(
+                type(self.base.model)
+                .from_pretrained(self.directory, dtype="auto", use_safetensors=True)
+                .named_parameters()
+            )
             for name, parameter in self.named.items():
                 parameter.copy_(found[name])
 

@@ -24,7 +24,7 @@ from peftscale.baselines import budget, lora, model
 from peftscale.baselines import task as baseline_task
 from peftscale.baselines.full import Full
 from peftscale.config import RunConfig, TrainConfig
-from peftscale.data.batches import Cursor, Item, plan_passes, training_items
+from peftscale.data.batches import Cursor, Item, checksum, plan_passes, training_items
 from peftscale.data.rows import Split
 from peftscale.data.tasks import TaskData
 from peftscale.errors import TrainingError
@@ -32,7 +32,7 @@ from peftscale.plan import Plan, Work
 from peftscale.records import AdapterSummary, EvaluationRecord, RunSummary, StepRecord
 from peftscale.train import checkpoint, comm, evaluate, memory, optim, step, summary, worker, workload
 from peftscale.train.checkpoint import AdapterProgress, Identity
-from peftscale.train.journal import Journal, Watch
+from peftscale.train.journal import Journal, Leaving, Watch, never
 
 
 class Learner(Protocol):
@@ -78,7 +78,12 @@ class Job:
 
 
 def run(
-    cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, report: Callable[[int], None], watch: Watch
+    cfg: RunConfig,
+    device: torch.device,
+    peak: memory.PeakMemory,
+    report: Callable[[int], None],
+    watch: Watch,
+    is_leaving: Leaving,
 ) -> RunSummary:
     """Train the run file's baseline from its start, or from its last checkpoint. The same summary on every rank.
 
@@ -92,7 +97,8 @@ def run(
     comm.together(lambda: budget.of_training(cfg, device, world=comm.world_size()))
     peak.restart()  # data and its libraries are not the base's
     base = comm.together(lambda: model.load(cfg.base, device))
-    journal = Journal(cfg, watch)
+    # Full fine-tuning keeps no checkpoint: a notice helps it nothing.
+    journal = Journal(cfg, watch, is_leaving if cfg.method == "lora" else never)
     learner: Learner = (lora.Lora if cfg.method == "lora" else Full)(base, cfg, journal)
     with closing(learner):
         identity = Identity(
@@ -162,7 +168,7 @@ def _train(job: Job, planned: Plan) -> RunSummary:
             progress.outcome = "finished"
         if progress.outcome or progress.steps % job.train.evaluate_every == 0:
             _evaluate(job)
-        if progress.outcome or progress.steps % job.train.checkpoint_every == 0:
+        if job.journal.is_due(progress.steps, job.train.checkpoint_every) or progress.outcome:
             job.seconds = time.perf_counter() - start
             _save(job)
     job.learner.restore()
@@ -189,6 +195,8 @@ def _step(job: Job) -> None:
             step=progress.steps,
             adapters={cfg.method: float(loss)},
             learning_rate=rate or 0.0,
+            examples={cfg.method: progress.cursor.position},
+            texts_crc32=checksum(items),
             tokens=num_tokens,
             seconds=seconds,
             tokens_per_s=num_tokens / seconds,
@@ -196,6 +204,7 @@ def _step(job: Job) -> None:
             gathered_bytes=traffic.gathered,
             control_bytes=traffic.control,
             checks_bytes=traffic.checks,
+            gathered_between_nodes_bytes=traffic.gathered_between,
             skipped=rate is None,
             skipped_adapters=(cfg.method,) if rate is None else (),
             peak_rank_bytes=job.memory.peak_bytes(),
@@ -273,14 +282,12 @@ def _save(job: Job) -> None:
 
 def _take_over(job: Job) -> bool:
     """Go on from the newest checkpoint, if there is one. Rank 0 looks for all."""
-    root, journal = job.cfg.checkpoints_dir, job.journal
-    seen = comm.together(
-        lambda: checkpoint.newest(root, note=lambda text: journal.note(0, text)) if comm.rank() == 0 else None
-    )
-    found = comm.gather_objects(seen)[0]
-    if found is None:
+    journal = job.journal
+    whole = checkpoint.newest_of_rank_0(job.cfg.checkpoints_dir, note=lambda text: journal.note(0, text))
+    if whole is None:
         return False
-    content, tensors, moments = comm.together(lambda: checkpoint.read(found, job.identity))
+    found, files = whole
+    content, tensors, moments = comm.together(lambda: checkpoint.read(found, job.identity, files))
     saved = content["progress"][job.cfg.method]
     job.progress = AdapterProgress(cursor=Cursor(**saved.pop("cursor")), **saved)
     job.seconds, job.num_skipped = content["seconds"], content["num_skipped"]

@@ -16,6 +16,8 @@ Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philo
 import functools
 import itertools
 import math
+import zlib
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -80,6 +82,15 @@ def indices(seed: int, start: int, stop: int, *, num_examples: int, stream: int 
         taken.extend(_permutation(seed, epoch, num_examples, stream)[first:last].tolist())
         start += last - first
     return tuple(taken)
+
+
+def checksum(items: Iterable[Item]) -> int:
+    """Of who is trained on what, in this order: 32 bits."""
+    found = 0
+    for item in items:
+        ids = array("q", (*item.example.input_ids, -1, *item.target_ids))
+        found = zlib.crc32(ids.tobytes(), zlib.crc32(item.adapter.encode(), found))
+    return found
 
 
 def training_items(

@@ -56,6 +56,7 @@ def load(model: str | Path) -> BaseFacts:
             f"base.model={model}: its weights are quantised already ({method}; config.json has a quantization_config). "
             f"Give the original bfloat16 or float32 weights: quantising is done here."
         )
+    skeleton.refuse_own_code(str(model), raw)
     return families.read(str(model), raw) or skeleton.read(Path(model))
 
 

@@ -6,7 +6,7 @@ Imports torch and transformers when it is called, not before. The real skeleton,
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +27,39 @@ def refuse(model: str, model_type: str, wrong: Sequence[TensorFacts]) -> NoRetur
         f"embedding, so they can be neither quantised nor planned for: {names}. "
         f"Fused experts (mixture-of-experts models) are not supported; choose a dense model."
     )
+
+
+def refuse_own_code(model: str, raw: Mapping[str, Any]) -> None:
+    """A model may bring code that it needs no longer, since transformers has its class; that code is not run.
+
+    Args:
+        model: as the user named it, for the message.
+        raw: its config.json.
+
+    Raises:
+        ModelError: its type or its class is not in transformers, but in files beside its config.
+    """
+    code = raw.get("auto_map")
+    if not code:
+        return
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    known = dir(transformers)  # names alone: no class is imported
+    classes = [name for name in raw.get("architectures") or [] if name not in known]
+    if raw.get("model_type") not in CONFIG_MAPPING_NAMES or classes:
+        raise ModelError(
+            f"base.model={model}: {', '.join(classes) or raw.get('model_type')} is not in transformers, but in code "
+            f"that came with it ({own_files(code)}). Such code is never run, and no file can allow it. Give a model "
+            f"that the installed transformers knows."
+        )
+
+
+def own_files(auto_map: Any) -> str:
+    """The files of code that an `auto_map` names."""
+    entries = auto_map.values() if isinstance(auto_map, Mapping) else [auto_map]
+    classes = [name for entry in entries for name in (entry if isinstance(entry, list) else [entry]) if name]
+    return ", ".join(dict.fromkeys(f"{str(name).rpartition('.')[0]}.py" for name in classes))
 
 
 def read(model_dir: Path) -> BaseFacts:
@@ -60,7 +93,7 @@ def read(model_dir: Path) -> BaseFacts:
         num_layers=sum(unit.kind == "block" for unit in units),
         num_heads=heads,
         num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or text.hidden_size // heads,
+        head_dim=head_dim(text, f"base.model={model_dir}"),
         activation=str(act or getattr(text, "activation_function", None) or getattr(text, "dense_act_fn", None)),
         vocab_size=text.vocab_size,
         max_positions=max_positions(text),
@@ -69,6 +102,24 @@ def read(model_dir: Path) -> BaseFacts:
         units=in_order(units),
         num_decoder_layers=_decoder_layers(model, units),
     )
+
+
+def head_dim(text: Any, where: str) -> int:
+    """Width of a head of a language model, from transformers' config of it; `where` is what the message names.
+
+    Raises:
+        ModelError: its layers differ in it, as Gemma 4's do.
+    """
+    from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
+
+    try:
+        size = getattr(text, "head_dim", None) or getattr(text, "d_kv", None)
+    except AmbiguousGlobalPerLayerAttributeError as error:
+        raise ModelError(
+            f"{where}: the layers of this {text.model_type} model have heads of different sizes, which can be neither "
+            f"planned for nor take a prefix. Choose a model whose layers are alike."
+        ) from error
+    return int(size or text.hidden_size // text.num_attention_heads)
 
 
 def max_positions(text: Any) -> int | None:

@@ -6,7 +6,7 @@ What a target makes of it is `kuberay`, `skypilot`, `launcher` and `shell`.
 import math
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 
 import yaml
 
-from peftscale import __version__, configio
+from peftscale import __version__, configio, redaction
+from peftscale.config import is_url
 from peftscale.deploy_config import DeployConfig, SharedDir
 from peftscale.errors import ConfigError
 
@@ -33,6 +34,8 @@ class Job:
     target: str
     deploy: DeployConfig | None
     num_nodes: int
+    least_nodes: int
+    """Of an elastic run, those that it starts with; all of another one."""
     workers_per_node: int
     cpus: int
     """Of a node, for its workers. `gpus` and `memory_gb` likewise."""
@@ -68,10 +71,9 @@ class Job:
         return {} if self.deploy is None else self.deploy.secret_references
 
     @property
-    def cache_env(self) -> dict[str, str]:
-        """Downloads and packs go to the shared directory, so that a node that is new finds them."""
-        cache = f"{self.shared.path}/.cache"
-        return {"PEFTSCALE_CACHE": f"{cache}/peftscale", "HF_HOME": f"{cache}/huggingface"}
+    def secret_env(self) -> dict[str, str]:
+        """What tells the job which variables are secrets, so that their values are never logged."""
+        return {redaction.NAMES: ",".join(self.secrets)} if self.secrets else {}
 
     @property
     def image(self) -> str:
@@ -96,37 +98,55 @@ def of(path: Path, overrides: Sequence[str], target: str) -> Job:
     """
     cfg = configio.load(path, overrides)
     cluster, deploy = cfg.cluster, cfg.cluster.deploy
-    if cluster.workers == 0:
+    most = cluster.max_workers
+    if most == 0:
         raise ConfigError(f"cluster.workers: --target {target} starts workers, got 0; say how many.")
     if deploy is None and target != TORCHRUN:
         _refuse_missing("workers_per_node", target)
-    each = deploy.workers_per_node if deploy else cluster.workers  # torchrun: all on this machine
-    each = min(each, cluster.workers)
-    if cluster.workers % each:
+    each = deploy.workers_per_node if deploy else most  # torchrun: all on this machine
+    each = min(each, most)
+    if most % each:
         raise ConfigError(
-            f"cluster.workers={cluster.workers} is no multiple of cluster.deploy.workers_per_node={each}, so that "
-            f"GPUs of the last node would be paid for and idle. Take {cluster.workers // each * each} or "
-            f"{(cluster.workers // each + 1) * each} workers, or other nodes."
+            f"cluster.workers={most} is no multiple of cluster.deploy.workers_per_node={each}, so that "
+            f"GPUs of the last node would be paid for and idle. Take {most // each * each} or "
+            f"{(most // each + 1) * each} workers, or other nodes."
         )
-    place = _here if target in ON_THIS_FILE_SYSTEM else _Place(deploy.shared if deploy else None, target)
-    raw = configio.placed(path, overrides, place)
-    raw["cluster"].pop("deploy", None)  # it has been heard
+    if is_url(cluster.storage) and target in ON_THIS_FILE_SYSTEM:
+        raise ConfigError(
+            f"cluster.storage={cluster.storage}: --target {target} keeps the run file there, where every node "
+            f"reads it; give a directory that all nodes see."
+        )
+    place = here if target in ON_THIS_FILE_SYSTEM else Place(deploy.shared if deploy else None, target)
+    raw = standing_alone(path, overrides, place)
     if target == TORCHRUN:
         raw["cluster"]["workers"] = 0  # its ranks are torchrun's
     return Job(
         name=cfg.name,
         target=target,
         deploy=deploy,
-        num_nodes=cluster.workers // each,
+        num_nodes=most // each,
+        least_nodes=math.ceil(cluster.min_workers / each),
         workers_per_node=each,
         cpus=math.ceil(each * cluster.cpus_per_worker),
         gpus=math.ceil(each * cluster.gpus_per_worker),
         memory_gb=each * deploy.memory_gb_per_worker if deploy else None,
         retries=cluster.retries,
-        run_file=dumped(_literal(raw)),
+        run_file=as_yaml(raw),
         storage=raw["cluster"]["storage"],
         fingerprint=configio.fingerprint(cfg),
     )
+
+
+def standing_alone(path: Path, overrides: Sequence[str], place: Callable[[str, str], str]) -> dict[str, Any]:
+    """The run file, overrides in it, with the paths that the nodes have. `cluster.deploy` has been heard by then."""
+    raw = configio.placed(path, overrides, place)
+    raw["cluster"].pop("deploy", None)
+    return raw
+
+
+def as_yaml(raw: dict[str, Any]) -> str:
+    """A run file's text, which reads back to the same."""
+    return dumped(_literal(raw))
 
 
 def dumped(*documents: Any) -> str:
@@ -161,12 +181,13 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _represent_text)
 
 
-def _here(key: str, path: str) -> str:
+def here(key: str, path: str) -> str:
+    """Nodes that see what this machine sees."""
     return path
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
     """Where the nodes find what this machine has."""
 
     shared: SharedDir | None

@@ -100,7 +100,7 @@ def _ray_job(name: str, job: Job) -> dict[str, Any]:
                     {
                         "groupName": "workers",
                         "replicas": job.num_nodes,
-                        "minReplicas": job.num_nodes,
+                        "minReplicas": job.least_nodes,
                         "maxReplicas": job.num_nodes,
                         "rayStartParams": {"object-store-memory": str(OBJECT_STORE_BYTES)},
                         "template": _pod(name, job, "worker", _worker_resources(job)),
@@ -137,7 +137,8 @@ def _pod(name: str, job: Job, role: str, resources: dict[str, str], *, is_ray: b
         {"name": variable, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}
         for variable, (secret, key) in job.secrets.items()
     ]
-    container["env"] = [{"name": key, "value": value} for key, value in job.cache_env.items()] + by_reference
+    plain = job.shared.cache_env | job.secret_env
+    container["env"] = [{"name": key, "value": value} for key, value in plain.items()] + by_reference
     volumes = {
         "shared": (job.shared.path, _shared_volume(job)),
         "shm": ("/dev/shm", {"emptyDir": {"medium": "Memory", "sizeLimit": f"{_SHM_GB}Gi"}}),

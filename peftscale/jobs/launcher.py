@@ -50,13 +50,13 @@ def render(job: Job) -> str:
                 "--ulimit nofile=65536:65536",
                 f"-v {job.shared.path}:{job.shared.path}",
                 "-e RAY_AUTH_MODE=token",
-                *(f"-e {key}={value}" for key, value in job.cache_env.items()),
+                *(f"-e {key}={value}" for key, value in job.shared.cache_env.items()),
             ],
         },
         "available_node_types": {
             "head": {"resources": {"CPU": 0}, "node_config": machines["head"]},
             "workers": {
-                "min_workers": job.num_nodes,
+                "min_workers": job.least_nodes,
                 "max_workers": job.num_nodes,
                 "resources": {"CPU": job.cpus, **({"GPU": job.gpus} if job.gpus else {})},
                 "node_config": machines["workers"],
@@ -69,7 +69,7 @@ def render(job: Job) -> str:
         "head_setup_commands": [
             f"pip install --quiet {client}",  # with which the head starts the nodes
             f"printf '%s' {shlex.quote(_one_line(job.run_file))} >~/run.yaml",
-            f"printf '%s' {shlex.quote(_RUN.format(port=_PORT, num_nodes=job.num_nodes))} >~/run.sh",
+            f"printf '%s' {shlex.quote(_RUN.format(port=_PORT, num_nodes=job.least_nodes))} >~/run.sh",
         ],
         "head_start_ray_commands": [
             "ray stop",

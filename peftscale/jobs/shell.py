@@ -4,7 +4,7 @@ Source: sbatch(1); `ray symmetric-run --help`; torchrun's documentation.
 """
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from string import Template
 
 from peftscale.jobs.job import OBJECT_STORE_BYTES, Job
@@ -76,7 +76,7 @@ def render_slurm(job: Job) -> str:
         directives="\n".join(
             f"#SBATCH --{option}" + ("" if value is None else f"={value}") for option, value in options.items()
         ),
-        secrets=_required(job.secrets),
+        secrets=_required(job.secrets) + _exported(job.secret_env),
         run_file=shlex.quote(f"{job.storage}/.rendered/{job.name}.yaml"),
         document="\n".join(here_document('"$run_file"', job.run_file)),
         num_nodes=job.num_nodes,
@@ -93,7 +93,7 @@ def render_torchrun(job: Job) -> str:
     return _TORCHRUN.substitute(
         header=job.header,
         on_every_node="" if alone else f"; HEAD=HOST:PORT bash FILE on each of {job.num_nodes} nodes",
-        secrets=_required([*job.secrets, *([] if alone else ["HEAD"])]),
+        secrets=_required([*job.secrets, *([] if alone else ["HEAD"])]) + _exported(job.secret_env),
         name=job.name,
         document="\n".join(here_document('"$run_file"', job.run_file)),
         rendezvous="--standalone"
@@ -114,6 +114,11 @@ def nfs_mount(export: str, path: str) -> list[str]:
         "command -v mount.nfs4 >/dev/null || (sudo apt-get update && sudo apt-get install -y nfs-common)",
         f"mountpoint -q {path} || (sudo mkdir -p {path} && sudo mount -t nfs4 {export} {path})",
     ]
+
+
+def _exported(variables: Mapping[str, str]) -> str:
+    """Lines that set variables for what is started."""
+    return "".join(f"export {name}={shlex.quote(value)}\n" for name, value in variables.items())
 
 
 def _required(variables: Iterable[str]) -> str:

@@ -30,7 +30,7 @@ def render(job: Job) -> str:
             "cpus": f"{job.cpus}+",
             "memory": f"{job.memory_gb}+",
         },
-        "envs": job.cache_env,
+        "envs": job.shared.cache_env | job.secret_env,
         "secrets": dict.fromkeys(secrets),  # null: SkyPilot asks for them
         **({"volumes": {job.shared.path: claim}} if claim else {}),
         **(

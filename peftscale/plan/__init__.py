@@ -11,7 +11,7 @@ from peftscale.errors import ConfigError
 from peftscale.facts import BaseFacts, dtype_bytes
 from peftscale.plan import baselines, pace, verdict
 from peftscale.plan.adapters import kept, trained_numbers
-from peftscale.plan.figures import Placement, Plan, identity, show, table
+from peftscale.plan.figures import Placement, Plan, identity, misfits, show, table
 from peftscale.plan.hardware import Hardware, detect
 from peftscale.plan.memory import (
     CONTROL_BYTES,
@@ -24,13 +24,12 @@ from peftscale.plan.memory import (
     rank_parts,
     weight_parts,
 )
-from peftscale.plan.modes import MODES, RUN_MODES, Mode, choose, holders, refuse_what_is_only_planned
+from peftscale.plan.modes import MODES, Mode, choose, holders, settled
 from peftscale.plan.work import PassSize, Work, decoder_tokens, expected, longest_row, max_text_tokens
 
 __all__ = [
     "CONTROL_BYTES",
     "MODES",
-    "RUN_MODES",
     "Hardware",
     "Mode",
     "PassSize",
@@ -44,10 +43,11 @@ __all__ = [
     "evaluation_bytes",
     "expected",
     "make",
+    "misfits",
     "place",
-    "refuse_what_is_only_planned",
     "show",
     "table",
+    "worlds_of",
 ]
 
 
@@ -56,17 +56,17 @@ def compare(
     facts: BaseFacts,
     machines: Sequence[Hardware],
     *,
-    world: int | None,
+    worlds: Sequence[int] = (),
     price_per_gpu_hour: float | None = None,
     lora_targets: Callable[[RunConfig, str], Sequence[str]],
 ) -> list[Plan]:
-    """Plan a run file, whatever its method, on each machine.
+    """Plan a run file, whatever its method, on each machine and for each number of ranks.
 
     Args:
         cfg: the run file.
         facts: of its base.
         machines: what it would run on.
-        world: ranks. None: every GPU of a machine, or cluster.workers on CPU.
+        worlds: numbers of ranks. None given: every GPU of a machine, or the most of cluster.workers on CPU.
         price_per_gpu_hour: of one rank's device, in any currency.
         lora_targets: (run file, model type) -> names of the linears that LoRA takes.
 
@@ -75,13 +75,14 @@ def compare(
     """
     targets = lora_targets(cfg, facts.model_type) if cfg.method == "lora" else ()
     plans = []
-    for machine in machines:
-        ranks = world if world is not None else num_ranks(cfg, machine)
+    for machine, ranks in ((of, n) for of in machines for n in worlds or (num_ranks(cfg, of),)):
+        if cfg.cluster.deploy is not None:
+            machine = machine.with_nodes_of(cfg.cluster.deploy.workers_per_node, world=ranks)
         match cfg.method:
             case "adapters":
                 plans.append(make(cfg, facts, machine, world=ranks, price_per_gpu_hour=price_per_gpu_hour))
             case "few_shot":
-                placed, _ = _place_alone(cfg.base, facts, machine, ranks, RUN_MODES)
+                placed, _ = _place_alone(cfg.base, facts, machine, ranks, MODES)
                 plans.append(baselines.of_evaluation(cfg, facts, machine, placed, world=ranks))
             case _:
                 plans.append(baselines.of_training(cfg, facts, machine, world=ranks, lora_targets=targets))
@@ -105,7 +106,7 @@ def make(
         cfg: the run file.
         facts: of its base.
         hardware: what it would run on.
-        world: ranks. None: every GPU of `hardware`, or cluster.workers on CPU.
+        world: ranks. None: every GPU of `hardware`, or the most of cluster.workers on CPU.
         work: of one rank, where the data is known. None: what the run file lets expect.
         modes: shardings that base.sharding=auto may take.
         placed: where the base lies already. None: decided here.
@@ -142,7 +143,7 @@ def make(
         spans_nodes=world > hardware.ranks_per_node(world),
     )
     found = pace.of_step(facts, hardware, load)
-    notes = _notes(cfg, hardware, setting, placed.sharding, found)
+    notes = _notes(cfg, hardware, setting, found)
     if is_expected and max_text_tokens(cfg) is None:
         notes.insert(0, "task.max_text_tokens is not given, so one pass a step is assumed.")
     return Plan(
@@ -195,9 +196,14 @@ def _place_alone(
     return placed, need_of(placed.sharding)
 
 
+def worlds_of(cfg: RunConfig) -> tuple[int, ...]:
+    """The ranks that a run asks for; of an elastic one the fewest too, on which it has to fit as well."""
+    return tuple(dict.fromkeys(max(1, n) for n in (cfg.cluster.max_workers, cfg.cluster.min_workers)))
+
+
 def num_ranks(cfg: RunConfig, hardware: Hardware) -> int:
-    """Every GPU of the hardware, or cluster.workers on CPU."""
-    return hardware.num_devices if hardware.kind == "cuda" else max(1, cfg.cluster.workers)
+    """Every GPU of the hardware, or the most of cluster.workers on CPU."""
+    return hardware.num_devices if hardware.kind == "cuda" else max(1, cfg.cluster.max_workers)
 
 
 def _placement(
@@ -218,7 +224,7 @@ def _placement(
     if world == 1:
         sharding, reason = "replicated", "one rank holds everything"
     elif cfg.sharding != "auto":
-        sharding, reason = cfg.sharding, f"base.sharding={cfg.sharding}"
+        sharding, reason = settled(cfg.sharding, world=world, node_ranks=hardware.ranks_per_node(world))
     else:
         packed = facts.packed_bytes(cfg.quantization, dtype_bytes(cfg.compute_dtype))
         device = hardware.memory_bytes if hardware.kind == "cuda" else most
@@ -252,11 +258,8 @@ def _sent(cfg: RunConfig, facts: BaseFacts, hardware: Hardware, setting: Setting
     }
 
 
-def _notes(cfg: RunConfig, hardware: Hardware, setting: Setting, sharding: Mode, found: pace.Pace | None) -> list[str]:
+def _notes(cfg: RunConfig, hardware: Hardware, setting: Setting, found: pace.Pace | None) -> list[str]:
     notes = []
-    if sharding not in RUN_MODES:
-        refused = "is refused" if cfg.base.sharding == sharding else "takes world in its place"
-        notes.append(f"base.sharding={sharding} is planned alone so far: `peftscale train` {refused}.")
     if cfg.base.compute_dtype == "bfloat16" and hardware.name.startswith("V100"):
         notes.append("V100 has no bfloat16 units: expect it to be slow.")
     if setting.holders > hardware.ranks_per_node(setting.world):

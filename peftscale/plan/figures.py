@@ -183,6 +183,16 @@ _ROWS: tuple[tuple[str, str, Callable[..., str]], ...] = (
 )
 
 
+def misfits(plans: Sequence[Plan]) -> list[str]:
+    """Why runs cannot be, and where."""
+    found = []
+    for plan in plans:
+        ranks = f", {plan.world_size} rank(s)" if any(p.hardware == plan.hardware and p != plan for p in plans) else ""
+        where = f"{plan.hardware}{ranks}: " if len(plans) > 1 else ""
+        found += [where + problem for problem in plan.problems]
+    return found
+
+
 def table(plans: Sequence[Plan]) -> Table:
     """A column for each plan, a row for each figure."""
     titles = dict.fromkeys(f"{p.name}: {p.num_parameters:,} parameters, {p.quantization}" for p in plans)

@@ -9,7 +9,7 @@ systems of eight (DGX H100 and H200: eight ports of 400 Gbit/s, DGX A100: eight 
 import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from peftscale import machine
@@ -70,6 +70,12 @@ class Hardware:
     def ranks_per_node(self, world: int) -> int:
         """Of `world` ranks those that share a node; a machine without GPUs is one."""
         return min(world, self.devices_per_node) if self.kind == "cuda" else math.ceil(world / self.num_devices)
+
+    def with_nodes_of(self, node_ranks: int, *, world: int) -> Self:
+        """The same, where so many of `world` ranks are known to share a node."""
+        if self.kind == "cuda":
+            return replace(self, devices_per_node=node_ranks)
+        return replace(self, num_devices=max(1, world // node_ranks))
 
     def rank_bytes(self, world: int) -> int:
         """Memory that one of `world` ranks may fill."""

@@ -9,34 +9,26 @@ arXiv:2306.10209, section 3.2.
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
-from peftscale.config import BaseConfig
-from peftscale.errors import ConfigError
-
 Mode = Literal["replicated", "node", "world"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-RUN_MODES: tuple[Mode, ...] = ("replicated", "world")
-"""Those that a base can be loaded in; the others are planned alone."""
 
 REPLICATE_BELOW = 0.55
 """A packed base that takes at most this part of a device is replicated: no gathers, and room left for activations."""
 
 
-def refuse_what_is_only_planned(cfg: BaseConfig) -> None:
-    """Check the run file's sharding before anything is held.
-
-    Raises:
-        ConfigError: no base can be loaded so.
-    """
-    if cfg.sharding not in ("auto", *RUN_MODES):
-        raise ConfigError(
-            f"base.sharding={cfg.sharding}: `peftscale plan` computes it, and no run can be made with it yet. Take "
-            f"'world', which shards the base over all ranks, or 'auto'."
-        )
-
-
 def holders(mode: Mode, *, world: int, node_ranks: int) -> int:
     """Ranks that hold the base together, each a slice of it."""
     return {"replicated": 1, "node": node_ranks, "world": world}[mode]
+
+
+def settled(mode: Mode, *, world: int, node_ranks: int) -> tuple[Mode, str]:
+    """What a mode that was asked for comes to on so many ranks, and why."""
+    asked = f"base.sharding={mode}"
+    if mode == "node" and node_ranks == 1:
+        return "replicated", f"{asked}, and a node has one rank"
+    if mode == "node" and node_ranks == world:
+        return "world", f"{asked}, and all ranks are on one node"
+    return mode, asked
 
 
 def choose(
@@ -68,6 +60,8 @@ def choose(
     if world % node_ranks:
         return "world", f"{why}; {world} ranks do not fill nodes of {node_ranks} evenly"
     slices = too_much("node")
+    if slices is None and node_ranks == 1:
+        return "replicated", f"{why}; a node has one rank, and all of it there crosses no network"
     if slices is None:
         return "node", f"{why}; the {node_ranks} ranks of a node hold it together: no weight crosses the network"
     return "world", f"{why}; sharded over the {node_ranks} ranks of a node, each would need {slices}"

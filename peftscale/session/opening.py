@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from peftscale.base.load import Base
-from peftscale.config import BaseConfig, ComputeDtype, Quantization, Sharding
+from peftscale.config import COLLECTIVE_TIMEOUT_S, BaseConfig, ComputeDtype, Quantization, Sharding
 from peftscale.errors import ClusterError, ConfigError
 from peftscale.session.settings import checked
 from peftscale.train import comm, setup
@@ -28,7 +28,7 @@ def ranks(*, device: Literal["cpu", "cuda"] | None = None) -> Iterator[None]:
         device: as for `load_base`.
     """
     backend = comm.backend_for(_device(device))
-    with comm.session(backend=backend, timeout_s=setup.COLLECTIVE_TIMEOUT_S):
+    with comm.session(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_S):
         yield
 
 

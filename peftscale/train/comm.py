@@ -2,7 +2,8 @@
 
 The one gradient all-reduce lives here. The counter taps torch.distributed itself, before DeepSpeed caches its
 functions, so that nothing crosses ranks uncounted: weight gathers, our reduction, our control messages, and
-DeepSpeed's own trace checks are told apart. Parameter sharding is `base.shard`.
+DeepSpeed's own trace checks are told apart, and what stays inside a node from what does not (`nodes`). Parameter
+sharding is `base.shard`.
 """
 
 import os
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from peftscale import errors
+from peftscale.train import nodes
 
 Kind = Literal["reduced", "gathered", "control", "checks"]
 T = TypeVar("T")
@@ -54,6 +56,8 @@ class Call:
     op: str
     kind: Kind
     num_bytes: int
+    between_bytes: int
+    """Of them, those of other nodes: slices of a gather that lie there; all of another collective of several nodes."""
     tensor: Tensor
     """The larger side: the output of a gather, the tensor of a reduction."""
 
@@ -67,15 +71,12 @@ class Traffic:
     control: int = 0
     checks: int = 0
     """DeepSpeed's comparison of module traces between ranks, after the kind of pass changed."""
+    gathered_between: int = 0
+    """Of `gathered`: slices that lie on other nodes."""
 
     def since(self, earlier: "Traffic") -> "Traffic":
         """The bytes between two snapshots."""
-        return Traffic(
-            self.reduced - earlier.reduced,
-            self.gathered - earlier.gathered,
-            self.control - earlier.control,
-            self.checks - earlier.checks,
-        )
+        return Traffic(**{key: now - getattr(earlier, key) for key, now in vars(self).items()})
 
 
 @dataclass
@@ -84,6 +85,8 @@ class _Tap:
     label: Kind | None = None
     watchers: list[Callable[[Call], None]] = field(default_factory=list)
     is_installed: bool = False
+    timeout: timedelta | None = None
+    """Of groups that are made without one: DeepSpeed gathers in a group of its own."""
 
 
 _tap = _Tap()  # one a process, as torch.distributed itself
@@ -100,6 +103,7 @@ def tap() -> None:
             counted = _counted(name, original)
             setattr(dist, name, counted)
             setattr(dist.distributed_c10d, name, counted)  # its own helpers look names up there
+    dist.new_group = dist.distributed_c10d.new_group = _as_patient(dist.new_group)
 
 
 def _counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,12 +112,22 @@ def _counted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         largest = _largest((*args, *kwargs.values()))
         if largest is not None:
             kind: Kind = _tap.label or ("gathered" if name in _GATHERS else "checks")
+            between = _between_bytes(name, largest.nbytes, (*args, *kwargs.values()))
             setattr(_tap.traffic, kind, getattr(_tap.traffic, kind) + largest.nbytes)
+            _tap.traffic.gathered_between += between if kind == "gathered" else 0
             for watcher in _tap.watchers:
-                watcher(Call(name, kind, largest.nbytes, largest))
+                watcher(Call(name, kind, largest.nbytes, between, largest))
         return original(*args, **kwargs)
 
     return call
+
+
+def _as_patient(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def new_group(ranks: Any = None, timeout: timedelta | None = None, *args: Any, **kwargs: Any) -> Any:
+        return original(ranks, timeout or _tap.timeout, *args, **kwargs)
+
+    return new_group
 
 
 def _largest(values: Sequence[Any]) -> Tensor | None:
@@ -122,6 +136,13 @@ def _largest(values: Sequence[Any]) -> Tensor | None:
         if isinstance(value, list | tuple):
             tensors.extend(v for v in value if isinstance(v, Tensor))
     return max(tensors, key=lambda tensor: tensor.nbytes, default=None)
+
+
+def _between_bytes(name: str, num_bytes: int, values: Sequence[Any]) -> int:
+    of_call = next((value for value in values if isinstance(value, dist.ProcessGroup)), None)
+    ranks = dist.get_process_group_ranks(of_call)
+    elsewhere = nodes.num_elsewhere(ranks)
+    return num_bytes * elsewhere // len(ranks) if name in _GATHERS else num_bytes * bool(elsewhere)
 
 
 @contextmanager
@@ -237,6 +258,16 @@ def together(work: Callable[[], T]) -> T:
     return cast(T, value)
 
 
+def from_rank_0(value: T) -> T:
+    """Rank 0's value on every rank, whatever its size. Not for training steps."""
+    if world_size() == 1:
+        return value
+    told = [value if rank() == 0 else None]
+    with labelled("control"):
+        dist.broadcast_object_list(told, src=0)
+    return cast(T, told[0])
+
+
 def expected_world_size() -> int:
     """Ranks of the run, also before there is a process group: torchrun and Ray say so in the environment."""
     return world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
@@ -244,23 +275,33 @@ def expected_world_size() -> int:
 
 @contextmanager
 def session(
-    *, backend: str, timeout_s: float, rank: int | None = None, world: int | None = None, store: Path | None = None
+    *,
+    backend: str,
+    timeout_s: float,
+    rank: int | None = None,
+    world: int | None = None,
+    store: Path | None = None,
+    node_ranks: int | None = None,
 ) -> Iterator[None]:
     """A process group for the length of the block: the one that Ray made, a file's, or that of torchrun.
 
     Args:
         backend: 'gloo' or 'nccl'.
-        timeout_s: after which a collective that waits for a dead rank fails.
+        timeout_s: after which a collective that waits for a rank that hangs fails. Of groups that are made in the block
+            too; where Ray made this one, it was told by itself.
         rank, world, store: a rendezvous file; left out, the environment variables of torchrun are read.
+        node_ranks: of a rendezvous file, so many ranks are taken for those of a node. None: all.
     """
     tap()
+    _tap.timeout = timeout = timedelta(seconds=timeout_s)
     if dist.is_initialized():  # Ray made it and takes it down
         yield
         return
-    timeout = timedelta(seconds=timeout_s)
     if store is not None:
         assert rank is not None and world is not None
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))  # DeepSpeed reads them
+        each = node_ranks or world
+        told = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank % each, "LOCAL_WORLD_SIZE": each}
+        os.environ.update({name: str(value) for name, value in told.items()})  # DeepSpeed and `nodes` read them
         dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group(backend, timeout=timeout)

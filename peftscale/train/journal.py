@@ -16,17 +16,27 @@ Watch = Callable[[Record], None]
 """Called on every rank with each of its rows."""
 
 
+Leaving = Callable[[], bool]
+"""Whether a node of the run is about to be taken away, the same on every rank. All ask together, after each step."""
+
+
 def nobody(row: Record) -> None:
     """Watches nothing."""
+
+
+def never() -> bool:
+    """Nothing is taken away."""
+    return False
 
 
 class Journal:
     """Writes on rank 0 and nowhere else."""
 
-    def __init__(self, cfg: RunConfig, watch: Watch = nobody) -> None:
+    def __init__(self, cfg: RunConfig, watch: Watch = nobody, is_leaving: Leaving = never) -> None:
         """Cut off what a killed run left half written."""
         self._cfg = cfg
         self._watch = watch
+        self._is_leaving, self._has_said_so = is_leaving, False
         self._unwritten: OSError | None = None
         if comm.rank() == 0:
             records.mend(cfg.metrics_path)
@@ -43,6 +53,16 @@ class Journal:
     def note(self, step: int, text: str) -> None:
         """Append a line for the person who watches."""
         self.record(NoteRecord(step=step, text=text))
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether to save after this step: it is its turn, or a node of the run is about to be taken away. From that
+        notice on every step is saved, for the last one before the end is not known. Every rank asks after each step."""
+        if not self._is_leaving():
+            return step % every == 0
+        if not self._has_said_so:
+            self._has_said_so = True
+            self.note(step, "a node of this run is about to be taken away; every step is saved until then")
+        return True
 
     def write(self, work: Callable[[], object]) -> None:
         """Do what writes files on rank 0. What it raises every rank raises.

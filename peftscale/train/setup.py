@@ -5,14 +5,14 @@ rank, and what each would decide alone (does it fit, which sharding, packed or n
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 
 from peftscale import facts, plan
 from peftscale.adapters import files
-from peftscale.base import attention, exactness, flex_exactness, slots_exactness
+from peftscale.base import attention, exactness, flex_exactness, text_exactness
 from peftscale.base import load as base_load
 from peftscale.base.load import Base
 from peftscale.config import BaseConfig, RunConfig
@@ -21,10 +21,9 @@ from peftscale.data.mixtures import Mixture
 from peftscale.data.tasks import TaskData
 from peftscale.errors import AdapterError, ClusterError, ConfigError, DataError, ModelError
 from peftscale.facts import BaseFacts
-from peftscale.plan import Hardware, Placement, Plan, Work
-from peftscale.train import comm
+from peftscale.plan import Hardware, Mode, Placement, Plan, Work
+from peftscale.train import comm, nodes
 
-COLLECTIVE_TIMEOUT_S = 1800.0
 AnyPlacement = TypeVar("AnyPlacement", bound=Placement)
 
 
@@ -72,9 +71,9 @@ def make_plan(
         ConfigError: it does not fit, with what would help.
     """
 
-    def local(base_facts: BaseFacts, hardware: Hardware) -> Plan:
+    def local(base_facts: BaseFacts, hardware: Hardware, modes: Sequence[Mode]) -> Plan:
         world = comm.world_size()
-        planned = plan.make(cfg, base_facts, hardware, world=world, modes=plan.RUN_MODES, placed=placed, work=work)
+        planned = plan.make(cfg, base_facts, hardware, world=world, modes=modes, placed=placed, work=work)
         if not planned.fits:
             raise ConfigError("\n".join(planned.problems))
         return planned
@@ -89,47 +88,66 @@ def place(cfg: BaseConfig, device: torch.device) -> Placement:
         ConfigError: the weights do not fit.
     """
 
-    def local(base_facts: BaseFacts, hardware: Hardware) -> Placement:
-        return plan.place(cfg, base_facts, hardware, world=comm.world_size(), modes=plan.RUN_MODES)
+    def local(base_facts: BaseFacts, hardware: Hardware, modes: Sequence[Mode]) -> Placement:
+        return plan.place(cfg, base_facts, hardware, world=comm.world_size(), modes=modes)
 
     return _agreed(cfg, device, local)
 
 
 def _agreed(
-    cfg: BaseConfig, device: torch.device, local: Callable[[BaseFacts, Hardware], AnyPlacement]
+    cfg: BaseConfig,
+    device: torch.device,
+    local: Callable[[BaseFacts, Hardware, Sequence[Mode]], AnyPlacement],
 ) -> AnyPlacement:
     """What rank 0 plans from the base's facts and its machine, once every rank has found it possible."""
+    of_ranks = comm.gather_objects(nodes.own())
+    modes = [mode for mode in plan.MODES if mode != "node" or nodes.alike(of_ranks)]
 
     def work() -> AnyPlacement:
-        plan.refuse_what_is_only_planned(cfg)
+        if cfg.sharding not in ("auto", *modes):
+            raise ConfigError(
+                f"base.sharding=node needs as many ranks on every node, numbered node by node, and LOCAL_RANK and "
+                f"LOCAL_WORLD_SIZE in the environment of each, as torchrun and Ray set them. Nodes of ranks 0, 1, ... "
+                f"here: {', '.join(map(_in_words, of_ranks))}. Start them so, or take base.sharding=world."
+            )
         base_facts = facts.load(base_load.resolve(cfg.model, cfg.revision, with_weights=False))
-        return local(base_facts, plan.detect(cuda=device.type == "cuda"))
+        return local(base_facts, hardware(device), modes)
 
     planned: AnyPlacement = comm.gather_objects(comm.together(work))[0]
     return planned
+
+
+def _in_words(node: range | None) -> str:
+    return "not said" if node is None else f"{node.start}-{node.stop - 1}"
+
+
+def hardware(device: torch.device) -> Hardware:
+    """What this rank finds itself on, and how many ranks share it."""
+    found, here = plan.detect(cuda=device.type == "cuda"), nodes.own()
+    return found if here is None else found.with_nodes_of(len(here), world=comm.world_size())
 
 
 def load_base(cfg: BaseConfig, placed: Placement, device: torch.device) -> Base:
     """Load the base as planned. What can fail on one rank alone (files, cache, disk) fails on all before any gather.
 
     Raises:
-        ModelError: it cannot be loaded, or is an encoder-decoder on which prompts would not be exact.
+        ModelError: it cannot be loaded, or prompts would not be exact on it.
     """
     opened = comm.together(lambda: base_load.open_(cfg))
     base = base_load.load(
         cfg,
         sharding=placed.sharding,
         device=device,
+        node=nodes.group() if placed.sharding == "node" else None,
         prefetch_elements=placed.prefetch_elements,
         opened=opened,
     )
-    if base.is_encoder_decoder:
-        reasons = comm.gather_objects(slots_exactness.texts_differ(base))
-        if any(reasons):
-            raise ModelError(
-                f"base.model={cfg.model}: no adapter would be exact on this base ({next(filter(None, reasons))}). "
-                f"Choose another encoder-decoder, such as a T5, or a decoder-only base."
-            )
+    reasons = comm.gather_objects(text_exactness.texts_differ(base))
+    if any(reasons):
+        raise ModelError(
+            f"base.model={cfg.model}: no adapter would be exact on this base ({next(filter(None, reasons))}). "
+            f"Choose another one, such as a Llama, a Qwen or a T5."
+        )
     return base
 
 
@@ -149,7 +167,8 @@ def pack_where_exact(base: Base) -> str | None:
     if not any(reasons):
         reasons = comm.gather_objects(exactness.weights_differ(base))
     if any(reasons):
-        return f"passes are padded: {next(filter(None, reasons))}"
+        base.why_padded = next(filter(None, reasons))
+        return f"passes are padded: {base.why_padded}"
     exactness.make_packed(base)
     if base.device.type != "cuda":  # FlexAttention has no backward elsewhere
         return None

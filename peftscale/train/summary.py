@@ -24,6 +24,8 @@ class Prediction(Protocol):
     @property
     def gathered_bytes_per_step(self) -> int: ...
     @property
+    def gathered_between_nodes_bytes_per_step(self) -> int: ...
+    @property
     def control_bytes_per_step(self) -> int: ...
     @property
     def peak_rank_bytes(self) -> int: ...
@@ -66,12 +68,14 @@ def make(
         gathered_bytes_per_step=median("gathered_bytes"),
         control_bytes_per_step=median("control_bytes"),
         peak_rank_bytes=peak_rank_bytes,
+        gathered_between_nodes_bytes_per_step=median("gathered_between_nodes_bytes"),
         step_s=statistics.median(row.seconds for row in rows) if rows else None,
         predicted=records.Predicted(
             reduced_bytes_per_step=planned.reduced_bytes_per_step,
             gathered_bytes_per_step=planned.gathered_bytes_per_step,
             control_bytes_per_step=planned.control_bytes_per_step,
             peak_rank_bytes=planned.peak_rank_bytes,
+            gathered_between_nodes_bytes_per_step=planned.gathered_between_nodes_bytes_per_step,
             step_s=planned.step_s,
         ),
         adapters=adapters,

@@ -138,7 +138,7 @@ def answers(cfg: RunConfig, directories: Sequence[Path], rows: Sequence[Mapping[
 def session(cfg: RunConfig) -> Iterator[torch.device]:
     """A process group for the length of the block, and this rank's device."""
     device = setup.pick_device(cfg)
-    with comm.session(backend=comm.backend_for(device), timeout_s=setup.COLLECTIVE_TIMEOUT_S):
+    with comm.session(backend=comm.backend_for(device), timeout_s=cfg.cluster.collective_timeout_s):
         yield device
 
 

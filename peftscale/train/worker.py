@@ -16,14 +16,14 @@ from peftscale.adapters.manifest import AdapterCard, BaseCard, StartCard, TaskTe
 from peftscale.base import load as base_load
 from peftscale.base.load import Base
 from peftscale.config import RunConfig
-from peftscale.data.batches import Cursor, Item, training_items
+from peftscale.data.batches import Cursor, Item, checksum, training_items
 from peftscale.data.mixtures import Mixture
 from peftscale.data.rows import Split
 from peftscale.data.tasks import TaskData
 from peftscale.plan import Plan, Work
 from peftscale.train import checkpoint, comm, departures, evaluate, memory, setup, step, summary, workload
 from peftscale.train.checkpoint import AdapterProgress, Identity, State
-from peftscale.train.journal import Journal, Watch, nobody
+from peftscale.train.journal import Journal, Leaving, Watch, never, nobody
 from peftscale.train.optim import AdapterOptimizer
 from peftscale.train.step import StepResult
 
@@ -60,18 +60,25 @@ class Scores:
     """Of all that was evaluated together."""
 
 
-def main(cfg: RunConfig, report: Report = lambda step: None, watch: Watch = nobody) -> records.RunSummary:
+def main(
+    cfg: RunConfig, report: Report = lambda step: None, watch: Watch = nobody, is_leaving: Leaving = never
+) -> records.RunSummary:
     """Train the cohort of a run file from its start or its last checkpoint. The same summary on every rank."""
     device = setup.pick_device(cfg)
-    with comm.session(backend=comm.backend_for(device), timeout_s=setup.COLLECTIVE_TIMEOUT_S):
+    with comm.session(backend=comm.backend_for(device), timeout_s=cfg.cluster.collective_timeout_s):
         if comm.world_size() > 1:
             base_load.sharder(device)  # DeepSpeed's own hundred megabytes are not the base's
         with memory.measured(device) as peak:
-            return train(open_job(cfg, device, peak, report, watch))
+            return train(open_job(cfg, device, peak, report, watch, is_leaving))
 
 
 def open_job(
-    cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, report: Report, watch: Watch = nobody
+    cfg: RunConfig,
+    device: torch.device,
+    peak: memory.PeakMemory,
+    report: Report,
+    watch: Watch = nobody,
+    is_leaving: Leaving = never,
 ) -> Job:
     """Load everything and take over the newest checkpoint, if there is one.
 
@@ -101,7 +108,7 @@ def open_job(
         base.digest, configio.fingerprint(cfg), comm.world_size(), torch.get_num_threads(), configio.dump(cfg)
     )
     planned = setup.make_plan(cfg, device, placed=planned, work=_work(cfg, base, cohort, data))
-    job = Job(cfg, base, data, state, planned, identity, peak, report, starts, Journal(cfg, watch))
+    job = Job(cfg, base, data, state, planned, identity, peak, report, starts, Journal(cfg, watch, is_leaving))
     _begin(job)
     for text in (*base.notes, chosen, *unverified):
         if text:
@@ -111,14 +118,12 @@ def open_job(
 
 def _begin(job: Job) -> None:
     """Take over the newest checkpoint, and say what should be known before the first step."""
-    root = job.cfg.checkpoints_dir
-    seen = comm.together(
-        lambda: checkpoint.newest(root, note=lambda text: _note(job, text)) if comm.rank() == 0 else None
-    )
-    found = comm.gather_objects(seen)[0]
-    if found is not None:
-        comm.together(lambda: checkpoint.take_over_(job.state, found, job.identity))
-        _note(job, f"goes on from {found.name}")
+    whole = checkpoint.newest_of_rank_0(job.cfg.checkpoints_dir, note=lambda text: _note(job, text))
+    if whole is not None:
+        found, content = whole
+        before = comm.together(lambda: checkpoint.take_over_(job.state, found, job.identity, content))
+        now = comm.world_size()
+        _note(job, f"goes on from {found.name}" + (f", on {now} rank(s) where there were {before}" * (now != before)))
         return
     for name, mixture in job.tasks.items():
         if len(mixture.tasks) > 1:
@@ -148,18 +153,19 @@ def train(job: Job) -> records.RunSummary:
         _evaluate_before(job)
         _evaluate(job, state.training)
     while training := state.training:
+        items = _take_items(cfg, state, job.tasks)
         result = step.run(
             job.base,
             Cohort({name: state.cohort[name] for name in training}),
             state.optimizers,
-            _take_items(cfg, state, job.tasks),
+            items,
             step=state.step,
             microbatch_tokens=cfg.train.microbatch_tokens,
         )
         state.step += 1
-        _book(job, result)
+        _book(job, items, result)
         have_left = _let_go(job, training)
-        if have_left or state.step % cfg.train.checkpoint_every == 0:
+        if job.journal.is_due(state.step, cfg.train.checkpoint_every) or have_left:
             state.seconds = time.perf_counter() - start
             save(job)
     return _finish(job, time.perf_counter() - start)
@@ -212,7 +218,7 @@ def _work(cfg: RunConfig, base: Base, cohort: Cohort, data: Mapping[str, Mixture
     )
 
 
-def _book(job: Job, result: StepResult) -> None:
+def _book(job: Job, items: Sequence[Item], result: StepResult) -> None:
     """Write the step down, and count the steps of each adapter and those that were not finite."""
     state = job.state
     for name, loss in result.losses.items():
@@ -226,6 +232,8 @@ def _book(job: Job, result: StepResult) -> None:
         adapters=result.losses,
         learning_rate=max(result.rates.values(), default=0.0),
         learning_rates=result.rates if len(set(result.rates.values())) > 1 else {},
+        examples={name: state.progress[name].cursor.position for name in result.losses},
+        texts_crc32=checksum(items),
         tokens=result.num_tokens,
         seconds=result.seconds,
         tokens_per_s=result.num_tokens / result.seconds,
@@ -233,6 +241,7 @@ def _book(job: Job, result: StepResult) -> None:
         gathered_bytes=result.traffic.gathered,
         control_bytes=result.traffic.control,
         checks_bytes=result.traffic.checks,
+        gathered_between_nodes_bytes=result.traffic.gathered_between,
         skipped=bool(result.skipped),
         skipped_adapters=result.skipped,
         peak_rank_bytes=job.memory.peak_bytes(),

@@ -1,15 +1,15 @@
 """What a plan says beside what a run measures: memory of a rank, and bytes gathered and reduced a step.
 
-    python tests/bench/bench_plan.py                     # 1, 2 and 4 ranks, labels and texts: a quarter of an hour
+    python tests/bench/bench_plan.py                     # 1, 2, 4 and 2 x 2 ranks, labels and texts: 20 minutes
     python tests/bench/bench_plan.py --ranks 2 --task labels out.jsonl
 
-A random Llama of 290 million parameters in nf4, sharded over gloo ranks, and three adapters (a prompt, a prefix, a
-prefix with a network) with reviews of the quickstart, several to a row. One task compares labels, the other writes
-texts. Each run is `train.worker.main`, with its evaluations; the plan is the one that it makes itself once it has its
-data, and the one that `peftscale plan` makes from the run file alone stands beside it. Private memory is over that of
-the same process just before the load, with a C library that gives every freed tensor back
-(MALLOC_MMAP_THRESHOLD_=65536 unless it is set): what glibc keeps of freed blocks is in no plan. Prints a table, says
-whether memory is within 15% and bytes are within 2%, and appends a BenchRecord a run.
+A random Llama of 290 million parameters in nf4, sharded over gloo ranks (2x2: over two of them, which are taken for a
+node), and three adapters (a prompt, a prefix, a prefix with a network) with reviews of the quickstart, several to a
+row. One task compares labels, the other writes texts. Each run is `train.worker.main`, with its evaluations; the plan
+is the one that it makes itself once it has its data, and the one that `peftscale plan` makes from the run file alone
+stands beside it. Private memory is over that of the same process just before the load, with a C library that gives
+every freed tensor back (MALLOC_MMAP_THRESHOLD_=65536 unless it is set): what glibc keeps of freed blocks is in no plan.
+Prints a table, says whether memory is within 15% and bytes are within 2%, and appends a BenchRecord a run.
 """
 
 import json
@@ -17,7 +17,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from itertools import cycle, islice
+from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +39,13 @@ REVIEWS = Path(__file__).parents[2] / "configs" / "quickstart" / "reviews" / "tr
 BASE = llama(hidden=1024, feed=2816, layers=24, heads=16, key_value_heads=8, vocab=4096)
 MEMORY_WITHIN, BYTES_WITHIN = 0.15, 0.02
 TIMEOUT_S = 1800
-_KEYS = ("peak_rank_bytes", "gathered_bytes_per_step", "reduced_bytes_per_step")
+_KEYS = (
+    "peak_rank_bytes",
+    "gathered_bytes_per_step",
+    "gathered_between_nodes_bytes_per_step",
+    "reduced_bytes_per_step",
+)
+_SHAPES = ["1", "2", "4", "2x2"]
 _TASKS: dict[str, dict[str, Any]] = {
     "labels": {
         "target": "{{ label }}",
@@ -52,8 +58,8 @@ _TASKS: dict[str, dict[str, Any]] = {
 
 def main(
     out: Annotated[Path, typer.Argument(help="Records are appended to it.")] = Path("bench.jsonl"),
-    ranks: Annotated[list[int], typer.Option(help="Worlds.")] = [1, 2, 4],  # noqa: B006 - typer copies it
-    task: Annotated[list[str], typer.Option(help="labels, texts.")] = list(_TASKS),  # noqa: B006
+    ranks: Annotated[list[str], typer.Option(help="Or nodes x ranks of each.")] = _SHAPES,
+    task: Annotated[list[str], typer.Option(help="labels, texts.")] = list(_TASKS),  # noqa: B006 - typer copies it
     compute_dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     checkpoint: Annotated[bool, typer.Option("--checkpoint", help="Activation checkpointing.")] = False,
 ) -> None:
@@ -68,19 +74,24 @@ def main(
         save_config(tmp / "base", BASE)
         save_weights(tmp / "base")
         _save_data(tmp)
-        for kind in task:
-            for world in ranks:
-                cfg = _run_file(tmp, kind, world, compute_dtype=compute_dtype, checkpoint=checkpoint)
-                # A process of its own: the ranks shall not start with what packing left behind.
-                run_ranks(_pack, 1, tmp / f"pack-{cfg.name}", cfg, start_method="spawn", timeout_s=TIMEOUT_S)
-                folder_of = tmp / f"ranks-{cfg.name}"
-                cfg.run_dir.mkdir(parents=True)
-                ended = run_ranks(worker.main, world, folder_of, cfg, start_method="spawn", timeout_s=TIMEOUT_S)[0]
-                before = plan.make(cfg, facts.load(cfg.base.model), plan.Hardware.parse("cpu-24GB"), world=world)
-                for key in _KEYS:
-                    ratio = _print_row(kind, world, key, ended, getattr(before, key))
-                    worst[key] = max(worst[key], abs(ratio - 1))
-                records.append(out, _record(cfg, ended))
+        for kind, shape in product(task, ranks):
+            nodes, _, each = shape.rpartition("x")
+            num_nodes, node_ranks = int(nodes or 1), int(each)
+            cfg = _run_file(
+                tmp,
+                kind,
+                shape,
+                sharding="node" if nodes else "world",
+                compute_dtype=compute_dtype,
+                checkpoint=checkpoint,
+            )
+            machines = plan.Hardware.parse(f"{num_nodes}xcpu-24GB")
+            before = plan.make(cfg, facts.load(cfg.base.model), machines, world=num_nodes * node_ranks)
+            ended = _run(tmp, cfg, world=num_nodes * node_ranks, node_ranks=node_ranks)
+            for key in _KEYS:
+                ratio = _print_row(kind, shape, key, ended, getattr(before, key))
+                worst[key] = max(worst[key], abs(ratio - 1))
+            records.append(out, _record(cfg, ended))
     for key, most in worst.items():
         within = MEMORY_WITHIN if key == "peak_rank_bytes" else BYTES_WITHIN
         verdict = "yes" if most <= within else "NO"
@@ -102,17 +113,17 @@ def _rows(reviews: Iterator[dict[str, str]]) -> Iterator[dict[str, str]]:
         yield {"text": " ".join(one["text"] for one in some[:-1]), "label": some[0]["label"], "answer": answer}
 
 
-def _run_file(tmp: Path, kind: str, world: int, *, compute_dtype: str, checkpoint: bool) -> RunConfig:
+def _run_file(tmp: Path, kind: str, shape: str, *, sharding: str, compute_dtype: str, checkpoint: bool) -> RunConfig:
     prefix = {"kind": "prefix", "length": 20, "init": "random"}
     return configio.from_dict(
         {
-            "name": f"{kind}-{world}",
+            "name": f"{kind}-{shape}",
             "seed": 0,
             "base": {
                 "model": str(tmp / "base"),
                 "quantization": "nf4",
                 "compute_dtype": compute_dtype,
-                "sharding": "world",
+                "sharding": sharding,
                 "checkpoint_activations": checkpoint,
             },
             "adapters": {
@@ -141,15 +152,26 @@ def _run_file(tmp: Path, kind: str, world: int, *, compute_dtype: str, checkpoin
     )
 
 
+def _run(tmp: Path, cfg: RunConfig, *, world: int, node_ranks: int) -> RunSummary:
+    options: dict[str, Any] = {"start_method": "spawn", "timeout_s": TIMEOUT_S}
+    # A process of its own: the ranks shall not start with what packing left behind.
+    run_ranks(_pack, 1, tmp / f"pack-{cfg.name}", cfg, **options)
+    cfg.run_dir.mkdir(parents=True)
+    ended: list[RunSummary] = run_ranks(
+        worker.main, world, tmp / f"ranks-{cfg.name}", cfg, **options, node_ranks=node_ranks
+    )
+    return ended[0]
+
+
 def _pack(cfg: RunConfig) -> None:
     load.open_(cfg.base)
 
 
-def _print_row(kind: str, world: int, key: str, ended: RunSummary, before: int) -> float:
+def _print_row(kind: str, shape: str, key: str, ended: RunSummary, before: int) -> float:
     """Print one figure; measured over planned."""
     measured, planned = getattr(ended, key), getattr(ended.predicted, key)
     ratio = measured / planned if planned else float(measured == 0)
-    cells = (kind, world, key, f"{measured:,}", f"{planned:,}", f"{ratio:.3f}", f"{before:,}")
+    cells = (kind, shape, key, f"{measured:,}", f"{planned:,}", f"{ratio:.3f}", f"{before:,}")
     print(f"| {' | '.join(map(str, cells))} |", flush=True)
     return ratio
 

@@ -7,10 +7,10 @@ plain with one means against instability each), `starts` (lengths and initialisa
 score on others), `ensemble` (five seeds together). --base and --task may be repeated.
 
 A run is configs/recipes/default.yaml with another base and task, and what the study varies; what baselines do otherwise
-is said below. Runs are kept in --out and not repeated; one that was cut short is gone on with. key=value changes all of
-them. Data and bases are not part of the project: `real_tasks` says which files it reads. Prints Markdown rows: mean and
-standard deviation over seeds on the test split, and the 95% interval of the mean; appends a BenchRecord a row to
-OUT/bench.jsonl.
+is said below, and of their rates the validation split chooses one for each base and task, with one seed. Runs are kept
+in --out and not repeated; one that was cut short is gone on with. key=value changes all of them. Data and bases are not
+part of the project: `real_tasks` says which files it reads. Prints Markdown rows: mean and standard deviation over
+seeds on the test split, and the 95% interval of the mean; appends a BenchRecord a row to OUT/bench.jsonl.
 """
 
 import json
@@ -68,9 +68,10 @@ class Study:
         known = {"quantization": "none", "sharding": "replicated", "checkpoint_activations": False}
         return {"model": str(self.bases / name), "compute_dtype": compute_dtype} | known
 
-    def baseline(self, method: str, base: str, task: str, *, seed: int | None = None) -> RunConfig:
+    def baseline(self, method: str, base: str, task: str, *, rate: float | None, seed: int | None = None) -> RunConfig:
         """A baseline's run. In float32: padded attention in bfloat16 takes several times as long on a CPU."""
-        section, train = BASELINES[method]
+        section, _ = BASELINES[method]
+        train = ADAMW if rate is None else ADAMW | {"learning_rate": rate}
         sections = {
             "seed": seed or 0,
             "base": self.base(base, "float32"),
@@ -80,8 +81,20 @@ class Study:
             "train": self.recipe["train"] | train,
         }
         # With a seed, the name that `transfer` gives it: methods and transfer share their runs.
-        cfg = self.config(method, base, task, **sections)
+        cfg = self.config(method if rate is None else f"{method}-{rate:g}", base, task, **sections)
         return cfg if seed is None else cfg.model_copy(update={"name": f"{cfg.name}-s{seed}"})
+
+    def best_rate(self, method: str, base: str, task: str) -> float | None:
+        """The rate of a baseline that the validation split prefers, with the first seed. None where it has none."""
+        tried = {}
+        for rate in BASELINES[method][1]:
+            cfg = self.baseline(method, base, task, rate=rate, seed=SEEDS[0])
+            driver.finished(cfg)
+            rows = (row for row in records.read(cfg.metrics_path) if isinstance(row, records.EvaluationRecord))
+            tried[rate] = max(row.metrics[cfg.task.metrics[0]] for row in rows if row.split == "validation")
+        if tried:
+            line(f"{base} {task}", f"{method}, rates on validation", json.dumps(tried), "", 1, "")
+        return max(tried, key=tried.__getitem__, default=None)
 
     def row(self, name: str, what: str, values: list[float], *, seconds: float) -> None:
         """Print and record the figures of one setting."""
@@ -90,10 +103,20 @@ class Study:
         spread = "" if band["deviation"] is None else f" +- {band['deviation']:.3f}"
         line(name, what, f"{band['mean']:.3f}{spread}", interval, len(values), f"{seconds:.0f}")
         measured = {key: value for key, value in band.items() if value is not None}
+        self.record(name, what, measured | {"num_seeds": len(values), "seconds": seconds})
+
+    def gap_row(self, name: str, what: str, zero: float, tuned: list[float], full: list[float]) -> None:
+        """Print and record which part of full fine-tuning's gain a method has."""
+        share, low, high = gap(zero, tuned, full)
+        line(name, f"{what}: gap closed", f"{share:.2f}", f"{low:.2f}..{high:.2f} (delta method)", len(tuned), "")
+        self.record(name, f"{what} gap closed", {"mean": share, "low": low, "high": high})
+
+    def record(self, name: str, what: str, measured: dict[str, float]) -> None:
+        """Append a BenchRecord."""
         record = records.BenchRecord(
             name=f"quality {name} {what}",
             config_fingerprint=None,
-            measured=measured | {"num_seeds": len(values), "seconds": seconds},
+            measured=measured,
             environment=records.environment(),
         )
         records.append(self.out / "bench.jsonl", record)
@@ -137,26 +160,41 @@ def methods(study: Study, base: str, task: str) -> None:
     found, seconds = after(cfg)
     where = f"{base} {task}"
     zero = untuned(cfg)
-    low, high = share_interval(zero, _num_test(cfg))
-    line(where, "untuned", f"{zero:.3f}", f"{low:.3f}..{high:.3f} (of the texts)", "", "")
+    of_texts = ""
+    if cfg.task.metrics[0] == "accuracy":  # an F1 is no share of the texts
+        low, high = share_interval(zero, _num_test(cfg))
+        of_texts = f"{low:.3f}..{high:.3f} (of the texts)"
+    line(where, "untuned", f"{zero:.3f}", of_texts, "", "")
     scores = dict(by_setting(found))
     for setting, values in scores.items():
         study.row(where, setting, values, seconds=seconds / len(scores))
     for method in BASELINES:
-        values, total = [], 0.0
+        values, total, rate = [], 0.0, study.best_rate(method, base, task)
         for seed in SEEDS:
-            of_seed, took = after(study.baseline(method, base, task, seed=seed))
+            of_seed, took = after(study.baseline(method, base, task, rate=rate, seed=seed))
             values += of_seed.values()
             total += took
         scores[method] = values
         study.row(where, method, values, seconds=total)
     for setting in ("prompt20", "prompt100", "prefix20", "lora"):
-        study.row(where, f"{setting}: gap closed", gap(zero, scores[setting], scores["full_finetuning"]), seconds=0)
+        study.gap_row(where, setting, zero, scores[setting], scores["full_finetuning"])
 
 
-def gap(zero: float, tuned: list[float], full: list[float]) -> list[float]:
-    """What each seed gains over the untuned base, in units of full fine-tuning's mean gain."""
-    return [(value - zero) / (statistics.fmean(full) - zero) for value in tuned]
+def gap(zero: float, tuned: list[float], full: list[float]) -> tuple[float, float, float]:
+    """Mean gain over the untuned base in units of full fine-tuning's, and its 95% interval.
+
+    The interval counts the seeds of both sides: the delta method for a ratio, degrees of freedom after Welch and
+    Satterthwaite. The untuned score has no seed.
+    """
+    gain, of_full = statistics.fmean(tuned) - zero, statistics.fmean(full) - zero
+    parts = [
+        statistics.variance(tuned) / len(tuned) / of_full**2,
+        statistics.variance(full) / len(full) * gain**2 / of_full**4,
+    ]
+    total = max(sum(parts), 1e-12)
+    freedom = total**2 / max(parts[0] ** 2 / (len(tuned) - 1) + parts[1] ** 2 / (len(full) - 1), 1e-24)
+    half = float(stats.t.ppf(0.975, freedom)) * total**0.5
+    return gain / of_full, gain / of_full - half, gain / of_full + half
 
 
 def _num_test(cfg: RunConfig) -> int:
@@ -166,7 +204,7 @@ def _num_test(cfg: RunConfig) -> int:
 
 def spread(study: Study, base: str, task: str) -> None:
     """20 seeds of the recipe and of plain prompt tuning."""
-    compared = ("plain", "recipe")
+    compared = ("plain", "labels-start", "recipe")
     _spread(study, base, task, "spread", {name: means_settings(study, task)[name] for name in compared})
 
 
@@ -180,18 +218,21 @@ def _spread(study: Study, base: str, task: str, name: str, settings: dict[str, S
     scores = dict(by_setting(found))
     for setting, values in scores.items():
         study.row(f"{base} {task}", setting, values, seconds=seconds / len(scores))
-        if setting != "plain":
-            ratio = statistics.stdev(values) / statistics.stdev(scores["plain"])
-            low, high = ratio_interval(values, scores["plain"])
+        for beside in {"plain", "labels-start"} & scores.keys() - {setting}:
+            ratio = statistics.stdev(values) / max(statistics.stdev(scores[beside]), LEAST_DEVIATION)
+            low, high = ratio_interval(values, scores[beside])
             interval = f"{low:.2f}..{high:.2f} (bootstrap)"
-            line(f"{base} {task}", f"deviation {setting} / plain", f"{ratio:.2f}", interval, "", "")
+            line(f"{base} {task}", f"deviation {setting} / {beside}", f"{ratio:.2f}", interval, "", "")
+            study.record(
+                f"{base} {task}", f"deviation {setting} / {beside}", {"ratio": ratio, "low": low, "high": high}
+            )
 
 
 def ratio_interval(values: list[float], beside: list[float]) -> tuple[float, float]:
     """95% bootstrap interval of the ratio of two standard deviations."""
 
     def ratio(one: np.ndarray, other: np.ndarray, axis: int = -1) -> np.ndarray:
-        return np.std(one, axis=axis, ddof=1) / np.maximum(np.std(other, axis=axis, ddof=1), 1e-9)
+        return np.std(one, axis=axis, ddof=1) / np.maximum(np.std(other, axis=axis, ddof=1), LEAST_DEVIATION)
 
     draw = np.random.default_rng(0)
     found = stats.bootstrap((values, beside), ratio, n_resamples=9999, method="percentile", rng=draw)
@@ -199,11 +240,13 @@ def ratio_interval(values: list[float], beside: list[float]) -> tuple[float, flo
 
 
 def starts(study: Study, base: str, task: str) -> None:
-    """Lengths at the recipe's start, from label words, and other starts at a length of 20: one cohort."""
-    settings = {f"length{n}": study.prompt(task, length=n) for n in LENGTHS}
+    """Lengths at a start from the vocabulary, which a length of 1 can have too, and other starts at a length of 20: one
+    cohort."""
     bare = {key: value for key, value in study.prompt(task, length=20).items() if not key.startswith("init")}
-    others: dict[str, Section] = {"random": {}, "scaled": {}, "vocabulary": {}, "text": {"init_text": TEXT}}
+    settings = {f"length{n}": bare | {"length": n, "init": "vocabulary"} for n in LENGTHS}
+    others: dict[str, Section] = {"random": {}, "scaled": {}, "text": {"init_text": TEXT}}
     settings |= {f"start-{init}": bare | {"init": init} | own for init, own in others.items()}
+    settings["start-labels"] = study.prompt(task, length=20)
     found, seconds = after(study.config("starts", base, task, adapters=cohort(**settings)))
     for setting, values in by_setting(found):
         study.row(f"{base} {task}", setting, values, seconds=seconds / len(settings))
@@ -213,7 +256,8 @@ def transfer(study: Study, base: str, task: str) -> None:
     """Prompt, LoRA and full fine-tuning trained on `task`, scored on the tasks of SHIFTS."""
     prompt = {"prompt20": study.prompt(task, length=20)}
     runs = [study.config("shift-prompt", base, task, adapters=prompt)]
-    runs += [study.baseline(method, base, task) for method in ("lora", "full_finetuning")]
+    for method in ("lora", "full_finetuning"):
+        runs.append(study.baseline(method, base, task, rate=study.best_rate(method, base, task)))
     targets = [study.config("shift-prompt", base, target, adapters=prompt).task for target in SHIFTS[task]]
     found = transfer_study.members(runs, SEEDS)
     result = transfer_study.study(found, targets, "test", train=driver.finished, score=driver.evaluate)
@@ -240,17 +284,20 @@ def ensemble(study: Study, base: str, task: str) -> None:
 
 TEXT = "Read the text and say in one word what it is about and whether the writer thinks that it is good or bad."
 ADAMW: Section = {"optimizer": "adamw", "clip_norm": 1.0}
-BASELINES: dict[str, tuple[Section, Section]] = {
-    "few_shot": ({"examples": 8, "calibrated": True}, ADAMW),
-    "lora": ({"rank": 8, "alpha": 16}, ADAMW | {"learning_rate": 3e-3}),
-    "full_finetuning": ({}, ADAMW | {"learning_rate": 3e-4}),
+BASELINES: dict[str, tuple[Section, list[float]]] = {
+    "few_shot": ({"examples": 8, "calibrated": True}, []),
+    "lora": ({"rank": 8, "alpha": 16}, [3e-3, 1e-2]),
+    "full_finetuning": ({}, [3e-4, 1e-3, 3e-3]),
 }
-"""What each method does, and how it is trained otherwise than the recipe."""
+"""What each method does, and the rates of AdamW among which it is searched."""
+LEAST_DEVIATION = 1e-9
+"""Seeds that all end alike, as when each of them answers with one label."""
 SHIFTS = {"sst2": ["imdb"], "movies": ["products"]}
 
 
 def means_settings(study: Study, task: str) -> dict[str, Section]:
-    """Plain is random rows, a constant rate, and likelihood among the whole vocabulary."""
+    """Plain is random rows, a constant rate, and likelihood among the whole vocabulary. `labels-start` is the same from
+    label words: the paper's own prompt tuning."""
     prompt = study.prompt(task, length=20)
     train = {"schedule": "constant", "warmup_steps": 0, "loss": "vocabulary"}
     plain = {"kind": "prompt", "length": 20, "init": "random", "train": train}

@@ -4,6 +4,7 @@
 set -euo pipefail
 : "${HF_TOKEN:?set it before}"
 : "${HEAD:?set it before}"
+export PEFTSCALE_SECRETS=HF_TOKEN
 
 run_file=$(mktemp -d)/boolq-70b.yaml
 trap 'rm -rf "${run_file%/*}"' EXIT

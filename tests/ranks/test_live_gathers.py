@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftscale import adapters, facts, plan
-from peftscale.base import load, shard
+from peftscale.base import shard
 from peftscale.config import RunConfig
 from peftscale.data import tasks
 from peftscale.data.batches import training_items
@@ -79,7 +79,7 @@ class Alive(TorchDispatchMode):
 
 
 def _watch_runs(cfgs: list[RunConfig], most: list[int]) -> list[dict[str, Any]]:
-    return [_watch_a_run(cfg, num_bytes, num_steps=10) for cfg, num_bytes in zip(cfgs, most, strict=True)]
+    return [watch_a_run(cfg, num_bytes, num_steps=10) for cfg, num_bytes in zip(cfgs, most, strict=True)]
 
 
 def _watch_with_deepspeeds_defaults(cfg: RunConfig, most: int) -> dict[str, Any]:
@@ -93,12 +93,13 @@ def _watch_with_deepspeeds_defaults(cfg: RunConfig, most: int) -> dict[str, Any]
         return settings
 
     shard._config = defaults
-    return _watch_a_run(cfg, most, num_steps=3)
+    return watch_a_run(cfg, most, num_steps=3)
 
 
-def _watch_a_run(cfg: RunConfig, most: int, *, num_steps: int) -> dict[str, Any]:
+def watch_a_run(cfg: RunConfig, most: int, *, num_steps: int) -> dict[str, Any]:
     """Steps of one pass, an evaluation, one more step of several; what was alive after each half of each pass."""
-    base = load.load(cfg.base, sharding="world", device=torch.device("cpu"))
+    device = torch.device("cpu")
+    base = setup.load_base(cfg.base, setup.place(cfg.base, device), device)
     setup.choose_packing(cfg, base)
     cohort = adapters.build(cfg, base)
     task = tasks.load(cfg.task, base.tokenizer, max_tokens=100)

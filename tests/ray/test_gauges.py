@@ -11,7 +11,7 @@ import pytest
 import ray
 import tiny
 
-from peftscale import driver, gauges, records
+from peftscale import driver, gauges, records, workers
 from peftscale.config import RunConfig
 from peftscale.records import StepRecord
 
@@ -44,7 +44,7 @@ def test_prometheus_is_told_what_the_records_say(tmp_path: Path, monkeypatch: py
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    driver._set_ray_defaults()
+    workers.set_ray_defaults()
     ray.init(
         address="local",
         num_cpus=2,

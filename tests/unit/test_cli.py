@@ -31,6 +31,7 @@ COMMANDS = {
     "train",
     "plan",
     "render",
+    "submit",
     "evaluate",
     "generate",
     "inspect",
@@ -45,7 +46,14 @@ COMMANDS = {
     "logs",
     "doctor",
 }
-FIGURES = {"reduced_bytes_per_step", "gathered_bytes_per_step", "control_bytes_per_step", "peak_rank_bytes", "step_s"}
+FIGURES = {
+    "reduced_bytes_per_step",
+    "gathered_bytes_per_step",
+    "control_bytes_per_step",
+    "peak_rank_bytes",
+    "gathered_between_nodes_bytes_per_step",
+    "step_s",
+}
 SUMMARY = FIGURES | {
     "name",
     "world_size",

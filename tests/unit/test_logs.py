@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 import threading
 from pathlib import Path
 
@@ -39,12 +40,34 @@ def test_a_line_has_rank_step_and_level_and_others_are_heard_from_warnings_on(tm
 def test_the_first_error_of_the_last_start_is_the_cause(tmp_path: Path) -> None:
     _failed(tmp_path, 0, ValueError("of an earlier start"))
     with logs.kept(tmp_path, 0), logs.kept(tmp_path, 1):
-        assert logs.first_error(tmp_path) is None  # the one before is no news
-    _failed(tmp_path, 1, MemoryError("no room"), step=12)
-    _failed(tmp_path, 0, RuntimeError("Connection closed by peer"), step=12)
-    first = logs.first_error(tmp_path)
-    assert first is not None and first.words() == f"rank 1 on {first.host} at step 12: MemoryError: no room"
-    assert first.traceback is not None and "raise error\nMemoryError: no room" in first.traceback
+        assert logs.cause(tmp_path) is None  # the one before is no news
+    _failed(tmp_path, 0, RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer"), step=12)
+    _failed(tmp_path, 1, MemoryError("no room"), step=12)  # its clock, or its disk, was slower
+    host = socket.gethostname()
+    assert logs.cause(tmp_path) == f"rank 1 on {host} at step 12: MemoryError: no room"
+    line = logs.read(tmp_path, ranks=[1])[-1]
+    assert line.traceback is not None and "raise error\nMemoryError: no room" in line.traceback
+
+
+def test_of_ranks_that_only_miss_another_one_the_one_without_a_word_is_the_cause(tmp_path: Path) -> None:
+    waited = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 9000ms for recv")
+    with logs.kept(tmp_path, 1):
+        _failed(tmp_path, 0, waited, step=7)
+        _failed(tmp_path, 2, waited, step=7)
+        host = socket.gethostname()
+        assert logs.cause(tmp_path) == (
+            f"rank 1 on {host} was killed or hangs, without a word; it was missed by rank 0 on {host} at step 7: "
+            f"RuntimeError: {waited}"
+        )
+    _failed(tmp_path, 1, waited, step=7)
+    assert logs.cause(tmp_path) == f"rank 0 on {host} at step 7: RuntimeError: {waited}"
+
+
+def test_a_rank_that_is_known_to_be_gone_is_the_cause_where_nobody_had_the_time_to_miss_it(tmp_path: Path) -> None:
+    with logs.kept(tmp_path, 0), logs.kept(tmp_path, 1), logs.kept(tmp_path, 2):
+        assert logs.cause(tmp_path) is None
+        found = logs.cause(tmp_path, gone=[2])
+    assert found == f"rank 2 on {socket.gethostname()} was killed or hangs, without a word"
 
 
 def test_a_line_that_a_kill_cut_is_left_out_and_the_rest_is_read(tmp_path: Path) -> None:

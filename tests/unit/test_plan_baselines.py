@@ -24,7 +24,7 @@ FEW = {"method": "few_shot", "few_shot": {"examples": 2}}
 
 
 def _plan(cfg: RunConfig, hardware: Hardware = CPU, world: int = 1) -> Plan:
-    (made,) = plan.compare(cfg, facts.load(cfg.base.model), [hardware], world=world, lora_targets=lora.targets)
+    (made,) = plan.compare(cfg, facts.load(cfg.base.model), [hardware], worlds=(world,), lora_targets=lora.targets)
     return made
 
 

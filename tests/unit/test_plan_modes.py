@@ -7,10 +7,8 @@ from pathlib import Path
 import commands
 import pytest
 import small_plans
-import tiny
 
-from peftscale import configio, driver, facts, plan
-from peftscale.errors import ConfigError
+from peftscale import configio, facts, plan
 from peftscale.plan import Hardware, Plan
 
 ROOT = Path(__file__).parents[2]
@@ -158,12 +156,51 @@ def test_nothing_is_promised_where_nothing_is_enough() -> None:
     assert problem.endswith("is enough, nor more such devices: take larger ones, or a smaller base.")
 
 
-def test_node_sharding_is_planned_and_refused_to_run(tmp_path: Path) -> None:
-    cfg = tiny.run_config(tmp_path, **{"base.sharding": "node"})
-    with pytest.raises(ConfigError, match=r"base\.sharding=node: `peftscale plan` computes it, and no run can be made"):
-        driver.run(cfg, show=False)
-    made = plan.make(cfg, facts.load(cfg.base.model), FOUR)
-    assert made.fits and any("`peftscale train` is refused" in note for note in made.notes)
+@pytest.mark.parametrize(
+    ("devices_per_node", "mode", "reason"),
+    [
+        (1, "replicated", "base.sharding=node, and a node has one rank"),
+        (2, "node", "base.sharding=node"),
+        (4, "world", "base.sharding=node, and all ranks are on one node"),
+    ],
+)
+def test_sharding_inside_a_node_is_what_it_comes_to(devices_per_node: int, mode: str, reason: str) -> None:
+    cfg = small_plans.cfg(adapters={"a": 5}, base={"sharding": "node"})
+    made = plan.make(cfg, small_plans.base(), replace(FOUR, devices_per_node=devices_per_node))
+    assert (made.sharding, made.reason, made.fits) == (mode, reason, True)
+
+
+def test_ranks_that_fill_nodes_unevenly_are_a_problem_of_node_sharding() -> None:
+    cfg = small_plans.cfg(adapters={"a": 5}, base={"sharding": "node"})
+    made = plan.make(cfg, small_plans.base(), FOUR, world=3)
+    assert made.problems[0].startswith("base.sharding=node needs as many ranks on every node, and 3 ranks do not fill")
+
+
+def test_auto_crosses_no_network_where_a_node_has_one_rank_and_room_for_all() -> None:
+    cfg = configio.load(PLANS / "llama-3.1-70b.yaml")
+    larger = replace(Hardware.parse("4xH100-80GB"), memory_bytes=65_000_000_000)  # 61% of it is the base
+    made = plan.make(cfg, facts.load(cfg.base.model), replace(larger, devices_per_node=1))
+    assert (made.sharding, made.gathered_bytes_per_step) == ("replicated", 0) and made.fits
+    assert made.reason.endswith("a node has one rank, and all of it there crosses no network")
+    assert plan.make(cfg, facts.load(cfg.base.model), replace(larger, devices_per_node=2)).sharding == "node"
+
+
+def test_a_run_plans_with_the_nodes_that_it_finds_and_a_plan_with_those_of_the_run_file() -> None:
+    cfg, base = small_plans.cfg(adapters={"a": 5}), small_plans.base()
+    found = replace(Hardware.parse("8xH100-80GB"), is_all=False)  # as a rank sees them
+    assert plan.make(cfg, base, found.with_nodes_of(2, world=6), world=6).node_ranks == 2
+    cpu = Hardware.parse("cpu-24GB").with_nodes_of(2, world=6)
+    assert (cpu.label, cpu.ranks_per_node(6)) == ("3xcpu-24GB", 2)
+    deploy = {"workers_per_node": 4, "memory_gb_per_worker": 8}
+    (made,) = plan.compare(
+        small_plans.cfg(adapters={"a": 5}, cluster={"deploy": deploy}),
+        base,
+        [Hardware.parse("8xH100-80GB")],
+        world=None,
+        lora_targets=lambda *_: (),
+    )
+    assert (made.world_size, made.node_ranks) == (8, 4)
+    assert made.gathered_between_nodes_bytes_per_step * 2 == made.gathered_bytes_per_step
 
 
 def test_the_command_prints_a_column_for_each_machine_and_names_the_one_that_is_too_small() -> None:

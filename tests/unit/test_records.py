@@ -105,9 +105,10 @@ def test_the_run_summary_has_the_fields_of_the_contract_and_no_other() -> None:
     written = json.loads(summary.model_dump_json())
     assert ", ".join(written) == (
         "name, world_size, sharding, packing, steps, seconds, tokens_per_s, reduced_bytes_per_step, "
-        "gathered_bytes_per_step, control_bytes_per_step, peak_rank_bytes, step_s, predicted, adapters"
+        "gathered_bytes_per_step, control_bytes_per_step, peak_rank_bytes, gathered_between_nodes_bytes_per_step, "
+        "step_s, predicted, adapters"
     )
-    assert written["predicted"] == {**figures, "step_s": None}
+    assert written["predicted"] == {**figures, "gathered_between_nodes_bytes_per_step": 0, "step_s": None}
     assert ", ".join(written["adapters"]["a"]) == (
         "dir, file_bytes, trainable_parameters, train_loss, steps, stopped, before, after"
     )
