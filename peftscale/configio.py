@@ -336,7 +336,7 @@ def _absolute(folder: Path, typed: Any, keys: complaints.Keys, problems: Problem
     if not isinstance(typed, str) or not typed or (keys == ("base", "model") and not _is_path(typed, folder)):
         return typed
     if is_url(typed) and keys == ("cluster", "storage"):
-        return typed.rstrip("/")
+        return typed.rstrip("/") if is_url(typed.rstrip("/")) else typed
     if "://" in typed:
         problems.add(keys, f"must be a path that every node sees (a mounted directory), got the URL {shown(typed)}")
         return typed

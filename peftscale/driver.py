@@ -67,7 +67,7 @@ def run(cfg: RunConfig, *, resume: bool = False, show: bool = True) -> RunSummar
         with view:
             return RunSummary.model_validate(_work(cfg, "train", {}))
     except PeftscaleError:
-        if made and not any(cfg.run_dir.glob("*/step-*")) and not any(cfg.run_dir.glob("*/best")):
+        if made and not mirror.has_results():
             shutil.rmtree(cfg.run_dir, ignore_errors=True)  # the name stays free for the corrected run
             _remove_empty(made)
             with contextlib.suppress(PeftscaleError):

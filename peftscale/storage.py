@@ -222,8 +222,16 @@ class Mirror:
                 if name.endswith(".jsonl") and info.size > here.get(name, (0, 0))[0]:
                     self._store.read(name, self._here / name)
 
+    def has_results(self) -> bool:
+        """Whether there is a checkpoint or a best state, here or there; True also where the store does not answer."""
+        try:
+            names = {*_local_files(self._here), *(self._store.files() if self._store is not None else ())}
+        except CheckpointError:
+            return True
+        return any(part == "best" or part.startswith("step-") for name in names for part in PurePosixPath(name).parts)
+
     def remove(self) -> None:
-        """Delete the run there, if the store lets us."""
+        """Delete the run there."""
         if self._store is not None and self._store.files():
             self._store.delete_all()
 
@@ -348,8 +356,9 @@ def _local_files(directory: Path) -> dict[str, tuple[int, int]]:
     for path in directory.rglob("*"):
         name = path.relative_to(directory)
         if path.is_file() and not any(part.startswith(".") for part in name.parts):
-            stat = path.stat()
-            found[name.as_posix()] = (stat.st_size, stat.st_mtime_ns)
+            with suppress(FileNotFoundError):  # a run deletes what it keeps no longer
+                stat = path.stat()
+                found[name.as_posix()] = (stat.st_size, stat.st_mtime_ns)
     return found
 
 

@@ -2,11 +2,10 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +79,20 @@ def _adapters(run_dir: Path) -> dict[str, dict[str, bytes]]:
     return {which: damages.content(run_dir / "adapters" / "mood" / which) for which in ("best", "last")}
 
 
+def _train_until_killed(environment: dict[str, str], run_file: Path) -> None:
+    """A process that dies when it would write the manifest of step 4."""
+    os.environ.update(environment)
+    write = Store.write
+
+    def killed(self: Store, name: str, source: Path) -> None:
+        if name.endswith("step-4/manifest.json"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(self, name, source)
+
+    Store.write = killed  # type: ignore[method-assign]
+    driver.run(configio.load(run_file), show=False)
+
+
 def test_a_run_in_a_bucket_that_is_killed_and_goes_on_elsewhere_ends_as_one_in_a_directory(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,22 +101,12 @@ def test_a_run_in_a_bucket_that_is_killed_and_goes_on_elsewhere_ends_as_one_in_a
     driver.run(calm, show=False)
     first = _machine(tmp_path, "first machine", monkeypatch)
     cfg = _config(tmp_path)
-    code = """
-import os, signal, sys
-from peftscale import storage
-write = storage.Store.write
-def killed(self, name, source):
-    if name.endswith("step-4/manifest.json"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(self, name, source)
-storage.Store.write = killed
-from peftscale import cli
-cli.main()
-"""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", code, "train", str(tmp_path / "run.json")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    multiprocessing.set_forkserver_preload(["peftscale.train.worker", "peftscale.base.shard"])  # as the ranks' harness
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=_train_until_killed, args=(dict(os.environ), tmp_path / "run.json"))
+    process.start()
+    process.join(200)
+    assert process.exitcode == -signal.SIGKILL
     assert (first / "storage/s3/bucket/some/runs/tiny/checkpoints/step-4/manifest.json").exists()
     assert {name for name in _there() if "step-4" in name} == {
         f"tiny/checkpoints/step-4/{name}" for name in damages.CHECKPOINT_FILES if name != "manifest.json"
@@ -122,12 +125,13 @@ cli.main()
             mine, theirs = (of.checkpoints_dir / step / name for of in (cfg, calm))
             assert mine.read_bytes() == theirs.read_bytes()
 
+    made = cfg.run_dir
     third = _machine(tmp_path, "third machine", monkeypatch)
     whole = storage.here(f"{URL}/tiny")  # everything is in the bucket as it is on the machine that made it
     assert whole.is_relative_to(third)
     for path in (path for path in whole.rglob("*") if path.is_file()):
         content = path.read_bytes()
-        assert content == (cfg.run_dir / path.relative_to(whole)).read_bytes()
+        assert content == (made / path.relative_to(whole)).read_bytes()
         assert SECRET.encode() not in content and server.endpoint.encode() not in content
 
 
