@@ -16,7 +16,7 @@ Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philo
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,9 @@ import numpy.typing as npt
 from peftscale.config import Loss
 from peftscale.data.tasks import Example
 from peftscale.data.tokens import Ids
+
+Permutation = Callable[[int, int, int, int], npt.NDArray[np.int64]]
+"""Seed, epoch, number of examples and stream -> the order of that epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +73,29 @@ class Item:
         return self.prompt_length + len(self.example.input_ids) + len(self.target_ids) + self.num_new_tokens
 
 
-def indices(seed: int, start: int, stop: int, *, num_examples: int, stream: int = 0) -> tuple[int, ...]:
-    """The examples at the positions start .. stop-1 of an endless order of `seed`; each stream is another order."""
+@functools.lru_cache(maxsize=64)  # shared by those of one seed; who walks through an order keeps it (`mixtures`)
+def permutation(seed: int, epoch: int, num_examples: int, stream: int) -> npt.NDArray[np.int64]:
+    """The order of one epoch, (num_examples,). Shared by its callers: read only."""
+    key = np.array([seed % 2**64, epoch], dtype=np.uint64)
+    counter = np.array([0, 0, 0, stream], dtype=np.uint64)  # the highest word: no stream runs into another
+    order = np.argsort(np.random.Philox(key=key, counter=counter).random_raw(num_examples), kind="stable")
+    order.setflags(write=False)
+    return order
+
+
+def indices(
+    seed: int, start: int, stop: int, *, num_examples: int, stream: int = 0, kept: Permutation = permutation
+) -> tuple[int, ...]:
+    """The examples at the positions start .. stop-1 of an endless order of `seed`; each stream is another order.
+
+    `kept` is `permutation` with a cache of the caller's.
+    """
     assert num_examples > 0
     taken: list[int] = []
     while start < stop:
         epoch, first = divmod(start, num_examples)
         last = min(num_examples, first + stop - start)
-        taken.extend(_permutation(seed, epoch, num_examples, stream)[first:last].tolist())
+        taken.extend(kept(seed, epoch, num_examples, stream)[first:last].tolist())
         start += last - first
     return tuple(taken)
 
@@ -201,13 +219,3 @@ def _filled(rows: Sequence[Item], most: int) -> list[list[Item]]:
         passes[-1].append(item)
         there.add(item.adapter)
     return passes
-
-
-@functools.lru_cache(maxsize=64)  # every step of an epoch asks for the same one; a cohort for one per seed
-def _permutation(seed: int, epoch: int, num_examples: int, stream: int) -> npt.NDArray[np.int64]:
-    """The order of one epoch, (num_examples,). Shared by its callers: read only."""
-    key = np.array([seed % 2**64, epoch], dtype=np.uint64)
-    counter = np.array([0, 0, 0, stream], dtype=np.uint64)  # the highest word: no stream runs into another
-    order = np.argsort(np.random.Philox(key=key, counter=counter).random_raw(num_examples), kind="stable")
-    order.setflags(write=False)
-    return order
