@@ -66,11 +66,20 @@ class Item:
     """Which of the (adapter, task) pairs of an evaluation it belongs to."""
     among: Ids = ()
     """The tokens of all labels, where the loss is that of one among them."""
+    decoder_length: int = 0
+    """How many of the virtual tokens stand in front of what a decoder beside an encoder reads."""
 
     @property
     def num_tokens(self) -> int:
         """Length of the row at its longest: virtual tokens, input, target, generated."""
-        return self.prompt_length + len(self.example.input_ids) + len(self.target_ids) + self.num_new_tokens
+        return sum(self.sides)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Of these what the encoder reads and what the decoder does; all and none where the base has no two sides."""
+        in_front = self.prompt_length - self.decoder_length + len(self.example.input_ids)
+        behind = self.decoder_length + len(self.target_ids) + self.num_new_tokens
+        return (in_front, behind) if self.example.has_sides else (in_front + behind, 0)
 
 
 @functools.lru_cache(maxsize=64)  # shared by those of one seed; who walks through an order keeps it (`mixtures`)
@@ -101,7 +110,7 @@ def indices(
 
 
 def training_items(
-    adapter: str, prompt_length: int, examples: Iterable[Example], *, loss: Loss = "vocabulary"
+    adapter: str, prompt_length: int, examples: Iterable[Example], *, loss: Loss = "vocabulary", decoder_length: int = 0
 ) -> list[Item]:
     """Each example with its own target: for a step, or for the loss over a split."""
     return [
@@ -111,26 +120,35 @@ def training_items(
             example,
             example.target_ids,
             among=tuple(ids[0] for ids in example.choices_ids) if loss == "labels" else (),
+            decoder_length=decoder_length,
         )
         for example in examples
     ]
 
 
-def choice_items(adapter: str, prompt_length: int, examples: Iterable[Example], *, cell: int = 0) -> list[Item]:
+def choice_items(
+    adapter: str, prompt_length: int, examples: Iterable[Example], *, cell: int = 0, decoder_length: int = 0
+) -> list[Item]:
     """Each example once for each label: the likelihoods that classification compares."""
     return [
-        Item(adapter, prompt_length, example, ids, choice=choice, cell=cell)
+        Item(adapter, prompt_length, example, ids, choice=choice, cell=cell, decoder_length=decoder_length)
         for example in examples
         for choice, ids in enumerate(example.choices_ids)
     ]
 
 
 def generation_items(
-    adapter: str, prompt_length: int, examples: Iterable[Example], *, num_new_tokens: Sequence[int], cell: int = 0
+    adapter: str,
+    prompt_length: int,
+    examples: Iterable[Example],
+    *,
+    num_new_tokens: Sequence[int],
+    cell: int = 0,
+    decoder_length: int = 0,
 ) -> list[Item]:
     """Each example's input with room for so many new tokens (`TaskData.num_new_tokens`)."""
     return [
-        Item(adapter, prompt_length, example, (), num_new_tokens=num, cell=cell)
+        Item(adapter, prompt_length, example, (), num_new_tokens=num, cell=cell, decoder_length=decoder_length)
         for example, num in zip(examples, num_new_tokens, strict=True)
     ]
 
@@ -158,7 +176,7 @@ def plan_passes(
         exactly `items`; where the last passes have too few rows for all ranks, some ranks have empty ones.
     """
     assert world > 0 and microbatch_tokens > 0
-    queue = sorted(items, key=lambda item: -item.num_tokens)  # stable, so equal on every rank
+    queue = sorted(items, key=lambda item: [-side for side in item.sides])  # stable, so equal on every rank
     if is_packed:
         ranks = [_filled(share, microbatch_tokens) for share in _dealt(queue, world)]
         num_passes = max(len(passes) for passes in ranks)
@@ -172,17 +190,28 @@ def plan_passes(
 
 
 def pass_tokens(rows: Sequence[Item], *, is_packed: bool) -> int:
-    """Tokens that one pass computes: padded rows are all as long as the longest; packed ones share their prompts."""
+    """Tokens that one pass computes: padded rows are as long as the longest of each side; packed ones share prompts."""
     if not is_packed:
-        return len(rows) * max((row.num_tokens for row in rows), default=0)
+        return len(rows) * sum(_longest(rows))
     prompts = {row.adapter: row.prompt_length for row in rows}
     return sum(prompts.values()) + sum(row.num_tokens - row.prompt_length for row in rows)
 
 
 def _take_padded(queue: list[Item], world: int, most: int) -> tuple[list[list[Item]], list[Item]]:
     """Rows of one pass by rank, dealt in turn, and what is left."""
-    num_rows = max(1, most // max(1, queue[0].num_tokens)) * world
+    num_rows, longest = 0, (0, 0)
+    while num_rows < len(queue):
+        of_next = _longest(queue[num_rows : num_rows + world])
+        longest = max(longest[0], of_next[0]), max(longest[1], of_next[1])
+        if num_rows and (num_rows // world + 1) * sum(longest) > most:
+            break
+        num_rows += world
     return [queue[rank:num_rows:world] for rank in range(world)], queue[num_rows:]
+
+
+def _longest(rows: Sequence[Item]) -> tuple[int, int]:
+    """Of each side."""
+    return max((row.sides[0] for row in rows), default=0), max((row.sides[1] for row in rows), default=0)
 
 
 def _dealt(queue: Sequence[Item], world: int) -> list[list[Item]]:

@@ -189,7 +189,8 @@ def _take_items(cfg: RunConfig, state: State, data: Mapping[str, Mixture]) -> li
     for name in state.training:
         progress, train = state.progress[name], cfg.adapter_train(name)
         examples, progress.cursor = data[name].take(progress.cursor, train.examples_per_step)
-        items += training_items(name, state.cohort[name].num_positions, examples, loss=train.loss)
+        length, num = state.cohort[name].length, state.cohort[name].num_positions
+        items += training_items(name, num, examples, loss=train.loss, decoder_length=num - length)
     return items
 
 
