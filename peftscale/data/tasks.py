@@ -169,18 +169,9 @@ def _tokenised(
     _refuse_long(task, texts, cut, targets, choices, max_tokens=max_tokens)
     examples: dict[Split, list[Example]] = {split: [] for split in SPLITS}
     for text, ids, target_ids, choices_ids in zip(texts, cut, targets, choices, strict=True):
-        of_text = (text.references, text.group, text.target_holds)
+        of_text = (text.references, text.group, text.target_holds, is_encoder_decoder)
         examples[text.split].append(
-            Example(
-                text.index,
-                ids,
-                target_ids,
-                text.label,
-                text.target,
-                choices_ids,
-                *of_text,
-                has_sides=is_encoder_decoder,
-            )
+            Example(text.index, ids, target_ids, text.label, text.target, choices_ids, *of_text)
         )
     return TaskData(
         name=task.name,

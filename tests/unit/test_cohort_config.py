@@ -1,5 +1,6 @@
 """A cohort in a run file: what an adapter may have for itself, and how lists become adapters with readable names."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -154,7 +155,8 @@ def test_lists_become_their_product_with_names_of_what_varies(write: Write) -> N
          ["a-wd0-batch8", "a-wd0-batch16", "a-wd0.1-batch8", "a-wd0.1-batch16"]),
         ({"init": ["random", "vocabulary"], "init_top": [100, 5000]},
          ["a-random", "a-vocabulary-init_top100", "a-vocabulary-init_top5000"]),
-        ({"init": ["random", "text"], "init_text": ["Is it good?", "Rate"]}, ["a-random", "a-text-text0", "a-text-Rate"]),
+        ({"init": ["random", "text"], "init_text": ["Is it good?", "Rate"]},
+         ["a-random", "a-text-text0", "a-text-Rate"]),
         ({"init_top": [100, 200], "init": ["labels", "text"], "init_labels": [" bad"], "init_text": "Rate"},
          ["a-init_top100-labels", "a-text", "a-init_top200-labels"]),
         ({"reparam": ["none", "residual"], "reparam_hidden_size": [8, 16], "seed": [0, 1]},
