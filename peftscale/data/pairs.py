@@ -38,7 +38,7 @@ def examples(
     for i, (ids, target_ids) in enumerate(zip(inputs, _behind(encoder, texts, inputs, targets), strict=True)):
         _refuse_misfit(encoder, ids, target_ids, where=f"{where}[{i}]", max_tokens=max_tokens)
         ended_ids = target_ids + end_ids
-        found.append(Example(i, ids, ended_ids, None, targets[i], (ended_ids,)))
+        found.append(Example(i, ids, ended_ids, None, targets[i], (ended_ids,), has_sides=encoder.is_encoder_decoder))
     return tuple(found)
 
 
@@ -65,7 +65,9 @@ def to_choose(texts: Sequence[str], words: Sequence[str], encoder: TextEncoder, 
                 f"words: must be at least two, each of other tokens, got {list(words)}, which are the tokens "
                 f"{list(of_text)} behind texts[{i}]. Choose other words."
             )
-    asked = tuple(Example(i, ids, (), None, "", choices[i]) for i, ids in enumerate(inputs))
+    asked = tuple(
+        Example(i, ids, (), None, "", choices[i], has_sides=encoder.is_encoder_decoder) for i, ids in enumerate(inputs)
+    )
     return _task(asked, words, has_shared_choices=len(set(choices)) == 1, max_target_tokens=1)
 
 
@@ -81,7 +83,7 @@ def to_continue(texts: Sequence[str], encoder: TextEncoder, *, max_tokens: int |
     inputs = encoder.inputs(texts)
     for i, ids in enumerate(inputs):
         _refuse_misfit(encoder, ids, (0,), where=f"texts[{i}]", max_tokens=max_tokens)  # room for one token
-    asked = tuple(Example(i, ids, (), None, "") for i, ids in enumerate(inputs))
+    asked = tuple(Example(i, ids, (), None, "", has_sides=encoder.is_encoder_decoder) for i, ids in enumerate(inputs))
     return _task(asked, (), has_shared_choices=False, max_target_tokens=max_new_tokens)
 
 

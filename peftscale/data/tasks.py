@@ -46,6 +46,8 @@ class Example:
     """Classification: what the answers to one question have in common, and no others."""
     target_holds: bool = True
     """Generation: whether the target is right; a right prediction is another text where it is not."""
+    has_sides: bool = False
+    """An encoder reads the input and a decoder the target: each side is padded by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +169,7 @@ def _tokenised(
     _refuse_long(task, texts, cut, targets, choices, max_tokens=max_tokens)
     examples: dict[Split, list[Example]] = {split: [] for split in SPLITS}
     for text, ids, target_ids, choices_ids in zip(texts, cut, targets, choices, strict=True):
-        of_text = (text.references, text.group, text.target_holds)
+        of_text = (text.references, text.group, text.target_holds, is_encoder_decoder)
         examples[text.split].append(
             Example(text.index, ids, target_ids, text.label, text.target, choices_ids, *of_text)
         )

@@ -141,7 +141,12 @@ class Session:
             [
                 item
                 for name, examples in of_step.items()
-                for item in training_items(name, self.cohort[name].num_positions, examples)
+                for item in training_items(
+                    name,
+                    self.cohort[name].num_positions,
+                    examples,
+                    decoder_length=self.cohort[name].num_positions - self.cohort[name].length,
+                )
             ],
             step=self.num_steps,
             microbatch_tokens=self._cfg.microbatch_tokens,
