@@ -267,18 +267,26 @@ def _verified(path: Path) -> dict[str, bytes]:
     """Every file of a checkpoint, read once and compared with the manifest."""
     try:
         manifest = json.loads((path / _MANIFEST).read_bytes())
-        written = manifest["format"]
-        hashes: dict[str, str] = manifest["sha256"]
-        files = {name: (path / name).read_bytes() for name in (_STATE, _ADAPTERS, _MOMENTS)}
-        wrong = [name for name, data in files.items() if hashlib.sha256(data).hexdigest() != hashes.get(name)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {path} is not whole ({type(error).__name__}: {error})") from error
+        written, hashes = manifest["format"], dict(manifest["sha256"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} is not whole ({_MANIFEST}: {type(error).__name__}: {error})"
+        ) from error
     if written != FORMAT:
         raise CheckpointError(
-            f"checkpoint {path} has format {written!r}, this version reads {FORMAT}: another version wrote it"
+            f"checkpoint {path} has format {written!r} ({_MANIFEST}), this version reads {FORMAT}: another version "
+            f"wrote it"
         )
+    try:
+        files = {name: (path / name).read_bytes() for name in (_STATE, _ADAPTERS, _MOMENTS)}
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} is not whole ({error.filename}: {error.strerror})") from error
+    wrong = [name for name, data in files.items() if hashlib.sha256(data).hexdigest() != hashes.get(name)]
     if wrong:
-        raise CheckpointError(f"checkpoint {path} is damaged ({', '.join(wrong)})")
+        raise CheckpointError(f"checkpoint {path} is damaged ({', '.join(wrong)}: by {_MANIFEST} it was another)")
+    step = json.loads(files[_STATE])["step"]
+    if path.name != f"step-{step}":
+        raise CheckpointError(f"checkpoint {path} is another one, renamed (it holds the state after step {step})")
     return files
 
 

@@ -276,3 +276,59 @@ def test_the_schema_that_editors_read_is_the_one_of_the_code() -> None:
     """`peftscale schema > configs/schema.json` after every change of config.py."""
     path = Path(__file__).parents[2] / "configs" / "schema.json"
     assert json.loads(path.read_text()) == configio.schema()
+
+
+def _chain(text: str) -> str:
+    """Forty keys, each of which holds the one before it several times."""
+    return "\n".join(["d0: x", *(f"d{i}: {text.format(before=f'${{d{i - 1}}}')}" for i in range(1, 40))])
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("d: " + "[" * 41 + "]" * 41, "more than 40 levels deep in line 1; no run file is"),
+        ("d: [\n" + "[" * 100_000, "more than 40 levels deep in line 2; no run file is"),
+        (
+            "d0: &d0 [x]\n" + "\n".join(f"d{i}: &d{i} [*d{i - 1}]" for i in range(1, 99)),
+            " levels deep in line ",
+        ),
+        (
+            "d0: &d0 [x]\n" + "\n".join(f"d{i}: &d{i} [*d{i - 1}, *d{i - 1}]" for i in range(1, 30)),
+            "YAML node expansion",
+        ),
+        (
+            _chain("{before}{before}"),
+            "78 interpolations ${...} in texts that hold several of them; at most 30 are resolved",
+        ),
+        (
+            _chain("['{before}', '{before}']"),
+            "its interpolations make more than 10,000 values or 40 levels: do they go round?",
+        ),
+        ("d: {e: '${d}'}", "'${d}' cannot be resolved: Interpolation to parent node detected"),
+    ],
+    ids=["brackets", "open brackets", "aliases", "aliases twice", "texts", "lists", "circle"],
+)
+def test_a_few_lines_that_stand_for_too_much_are_refused_at_once(tmp_path: Path, lines: str, message: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{lines}\n")
+    with pytest.raises(ConfigError) as caught:
+        configio.load(file)
+    assert message in str(caught.value)
+
+
+def test_lists_that_would_make_a_million_adapters_are_refused(tmp_path: Path) -> None:
+    numbers = list(range(1, 101))
+    cohort = {"kind": "prompt", "length": numbers, "seed": numbers, "init": "vocabulary", "init_top": numbers}
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps({"adapters": {"many": cohort}}))
+    with pytest.raises(
+        ConfigError, match=r"adapters\.many: its lists make 1,000,000 adapters, at most 10,000 are made"
+    ):
+        configio.load(file)
+
+
+def test_a_section_that_is_a_list_is_one_problem(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("cluster: [1]\n")
+    with pytest.raises(ConfigError, match=r"cluster: must be a mapping"):
+        configio.load(file)
