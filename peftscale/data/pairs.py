@@ -5,7 +5,7 @@ For `session`, which has no files and no templates; those are `data.tasks`. Mess
 
 from collections.abc import Sequence
 
-from peftscale.data.tasks import Example, TaskData
+from peftscale.data.tasks import Example, TaskData, never_predicted
 from peftscale.data.tokens import Ids, TextEncoder
 from peftscale.errors import DataError
 
@@ -51,7 +51,7 @@ def to_choose(texts: Sequence[str], words: Sequence[str], encoder: TextEncoder, 
     """Texts behind which the likeliest of `words` is to be found, as the test split of a task.
 
     Raises:
-        DataError: as `examples`, or words that are not two at least, each of other tokens.
+        DataError: as `examples`, or words that are not two at least, or one that begins with the tokens of another.
     """
     _refuse_all_but_texts(texts, where="texts")
     _refuse_all_but_texts(words, where="words")
@@ -60,10 +60,11 @@ def to_choose(texts: Sequence[str], words: Sequence[str], encoder: TextEncoder, 
     choices: list[tuple[Ids, ...]] = list(zip(*by_word, strict=True))
     for i, (ids, of_text) in enumerate(zip(inputs, choices, strict=True)):
         _refuse_misfit(encoder, ids, max(of_text, key=len), where=f"texts[{i}]", max_tokens=max_tokens)
-        if not all(of_text) or len(set(of_text)) < max(2, len(words)):
+        if not all(of_text) or len(of_text) < 2 or never_predicted(of_text):
             raise DataError(
-                f"words: must be at least two, each of other tokens, got {list(words)}, which are the tokens "
-                f"{list(of_text)} behind texts[{i}]. Choose other words."
+                f"words: must be at least two, none of which begins with the tokens of another, because it would never "
+                f"be the likelier one; got {list(words)}, which are the tokens {list(of_text)} behind texts[{i}]. "
+                f"Choose other words."
             )
     asked = tuple(
         Example(i, ids, (), None, "", choices[i], has_sides=encoder.is_encoder_decoder) for i, ids in enumerate(inputs)

@@ -179,7 +179,7 @@ class Session:
             words: at least two, each with the blank that stands in front of it.
 
         Raises:
-            DataError: as `step`; words that are the same tokens.
+            DataError: as `step`; a word that begins with the tokens of another.
         """
         return self._answers(
             adapter, lambda: pairs.to_choose(texts, words, self._encoder, max_tokens=self._room(adapter))
