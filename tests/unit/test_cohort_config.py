@@ -158,7 +158,7 @@ def test_lists_become_their_product_with_names_of_what_varies(write: Write) -> N
         ({"init": ["random", "text"], "init_text": ["Is it good?", "Rate"]},
          ["a-random", "a-text-text0", "a-text-Rate"]),
         ({"init_top": [100, 200], "init": ["labels", "text"], "init_labels": [" bad"], "init_text": "Rate"},
-         ["a-init_top100-labels", "a-text", "a-init_top200-labels"]),
+         ["a-labels-init_top100", "a-labels-init_top200", "a-text"]),
         ({"reparam": ["none", "residual"], "reparam_hidden_size": [8, 16], "seed": [0, 1]},
          ["a-none-s0", "a-none-s1", "a-residual-reparam_hidden_size8-s0", "a-residual-reparam_hidden_size8-s1",
           "a-residual-reparam_hidden_size16-s0", "a-residual-reparam_hidden_size16-s1"]),
