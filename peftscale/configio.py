@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from peftscale import catalogue, complaints, redaction
+from peftscale import catalogue, complaints, limits, redaction
 from peftscale.complaints import Problems, close_to, shown
 from peftscale.config import RunConfig
 from peftscale.errors import ConfigError
@@ -143,7 +143,7 @@ def _typed(path: Path, overrides: Sequence[str], problems: Problems) -> dict[str
     """What was typed, with interpolations resolved and paths absolute."""
     conf = _read(path)
     _override(conf, overrides, problems)
-    raw: dict[str, Any] = _plain(conf, (), problems)
+    raw: dict[str, Any] = _plain(conf, (), problems, iter(range(limits.VALUES)))
     _take_paths_from(path.absolute().parent, raw, problems)
     return raw
 
@@ -153,7 +153,10 @@ def _read(path: Path) -> DictConfig:
     if not path.is_file():
         raise ConfigError(_not_there(path))
     try:
-        conf = OmegaConf.load(io.StringIO(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
+        if (line := limits.deep_line(text)) is not None:
+            raise ConfigError(f"{path}: more than {limits.LEVELS} levels deep in line {line}; no run file is")
+        conf = OmegaConf.load(io.StringIO(text))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}); a run file is YAML") from None
     except OSError as error:
@@ -168,6 +171,12 @@ def _read(path: Path) -> DictConfig:
         raise ConfigError(f"{path}: must be a mapping (key: value lines), got a list")
     if not conf:
         raise ConfigError(f"{path}: holds no keys; `peftscale schema` lists them")
+    num_references = limits.num_joined_references(OmegaConf.to_container(conf, resolve=False))
+    if num_references > limits.REFERENCES:
+        raise ConfigError(
+            f"{path}: {num_references} interpolations ${{...}} in texts that hold several of them; at most "
+            f"{limits.REFERENCES} are resolved"
+        )
     return conf
 
 
@@ -233,10 +242,14 @@ def _value(keys: tuple[str, ...], typed: str) -> Any:
     return OmegaConf.from_dotlist([f"value={typed}"])._get_node("value")
 
 
-def _plain(node: Any, keys: tuple[str, ...], problems: Problems) -> Any:
-    """Dicts, lists and scalars with interpolations resolved. What cannot be resolved is a problem and left out."""
+def _plain(node: Any, keys: tuple[str, ...], problems: Problems, left: Iterator[int]) -> Any:
+    """Dicts, lists and scalars with interpolations resolved. What cannot be resolved is a problem and left out.
+
+    Args:
+        left: values that there may still be.
+    """
     if OmegaConf.is_list(node):
-        return [_entry(node, index, (*keys, str(index)), problems) for index in range(len(node))]
+        return [_entry(node, index, (*keys, str(index)), problems, left) for index in range(len(node))]
     if not OmegaConf.is_dict(node):
         if isinstance(node, float) and not math.isfinite(node):
             problems.add(keys, f"must be a finite number, got {node}")
@@ -247,7 +260,7 @@ def _plain(node: Any, keys: tuple[str, ...], problems: Problems) -> Any:
     plain: dict[str, Any] = {}
     for key in node:
         if isinstance(key, str) or (isinstance(key, int) and not isinstance(key, bool)):
-            plain[str(key)] = _entry(node, key, (*keys, str(key)), problems)
+            plain[str(key)] = _entry(node, key, (*keys, str(key)), problems, left)
         else:
             problems.add(
                 keys,
@@ -256,12 +269,18 @@ def _plain(node: Any, keys: tuple[str, ...], problems: Problems) -> Any:
     return plain
 
 
-def _entry(node: Any, key: Any, keys: tuple[str, ...], problems: Problems) -> Any:
+def _entry(node: Any, key: Any, keys: tuple[str, ...], problems: Problems, left: Iterator[int]) -> Any:
+    if len(keys) > limits.LEVELS or next(left, None) is None:
+        problems.add(
+            "run file",
+            f"its interpolations make more than {limits.VALUES:,} values or {limits.LEVELS} levels: do they go round?",
+        )
+        return None
     try:
         if OmegaConf.is_missing(node, key):
             problems.add(keys, "??? must be filled in")
             return None
-        return _plain(node[key], keys, problems)
+        return _plain(node[key], keys, problems, left)
     except OmegaConfBaseException as error:
         source = OmegaConf.to_container(node, resolve=False)
         written = source[key] if isinstance(source, dict | list) else source
@@ -302,8 +321,10 @@ def _paths(raw: dict[str, Any]) -> Iterator[tuple[dict[str, Any], complaints.Key
     for keys in (*data_files, *starts, *_MAY_BE_MADE, ("base", "model")):
         holder: Any = raw
         for key in keys[:-1]:
-            is_entry = isinstance(holder, list)
-            holder = holder[int(key)] if is_entry else holder.get(key) if isinstance(holder, dict) else None
+            if isinstance(holder, list) and key.isdigit():  # a task among the more_tasks of an adapter
+                holder = holder[int(key)] if int(key) < len(holder) else None
+            else:
+                holder = holder.get(key) if isinstance(holder, dict) else None
         if isinstance(holder, dict) and holder.get(keys[-1]) is not None:
             yield holder, keys
 
@@ -360,8 +381,8 @@ def _expand(raw: dict[str, Any], problems: Problems) -> None:
     """Replace each adapter with lists among its values by the product of them, in place, in the order of the file.
 
     `sst2: {length: [1, 5], seed: [0, 1]}` becomes sst2-p1-s0, sst2-p1-s1, sst2-p5-s0 and sst2-p5-s1; a list of one
-    value is that value and leaves the name alone. Where `init` varies, `init_text` and `init_labels` go to those
-    adapters alone that start from them.
+    value is that value and leaves the name alone. Where `init` or `reparam` varies, `init_text` and the like and
+    `reparam_hidden_size` go to those adapters alone that use them.
     """
     typed = raw.get("adapters")
     if not isinstance(typed, dict):
@@ -398,19 +419,37 @@ def _product(name: str, adapter: dict[str, Any], problems: Problems) -> list[tup
             value = value[:1]
         lists[keys] = value
     found = []
+    num_adapters = math.prod(map(len, lists.values()))
+    if num_adapters > limits.PRODUCT:
+        problems.add(
+            ("adapters", name), f"its lists make {num_adapters:,} adapters, at most {limits.PRODUCT:,} are made"
+        )
+        return []
     for values in itertools.product(*lists.values()):
         settings = {**adapter, **({"train": {**train}} if isinstance(train, dict) else {})}
         new = name
-        for (keys, among), value in zip(lists.items(), values, strict=True):
+        for keys, value in zip(lists, values, strict=True):
             (settings if len(keys) == 1 else settings["train"])[keys[-1]] = value
-            if len(among) > 1:
+        unused = _unused(settings, lists)
+        settings = {key: value for key, value in settings.items() if key not in unused}
+        for (keys, among), value in zip(lists.items(), values, strict=True):
+            if len(among) > 1 and keys[0] not in unused:
                 new += f"-{_named(keys[-1], value, among)}"
-        if len(lists.get(("init",), ())) > 1:
-            for key in ("text", "labels", "adapter"):
-                if settings["init"] != key:
-                    settings.pop(f"init_{key}", None)
-        found.append((new, settings))
+        if (new, settings) not in found:  # a value of a key that is not used makes no other adapter
+            found.append((new, settings))
     return found
+
+
+def _unused(settings: dict[str, Any], lists: dict[tuple[str, ...], list[Any]]) -> set[str]:
+    """Keys that belong to another start, or to another network, than this adapter of a product has."""
+    unused = set[str]()
+    if len(lists.get(("init",), ())) > 1:
+        unused |= {f"init_{key}" for key in ("text", "labels", "adapter") if settings["init"] != key}
+        if settings.get("kind") == "prompt" and settings["init"] in ("random", "text", "adapter"):
+            unused.add("init_top")
+    if len(lists.get(("reparam",), ())) > 1 and settings["reparam"] == "none":
+        unused.add("reparam_hidden_size")
+    return unused
 
 
 def _named(key: str, value: Any, among: Sequence[Any]) -> str:

@@ -112,20 +112,21 @@ def adapter_dirs(cfg: RunConfig, given: Sequence[Path] | None) -> list[Path]:
 
     Raises:
         AdapterError: none was named and the run has none.
-        ConfigError: several were named, and the run's method is a baseline.
+        ConfigError: several were named, and the run's method is a baseline; or prompt design, which keeps no state.
     """
+    if cfg.method == "few_shot":
+        raise ConfigError("method: 'few_shot' trains nothing that could be used again; `peftscale train` scores it.")
     if given and len(given) > 1 and cfg.method != "adapters":
         raise ConfigError(f"--adapter: method={cfg.method} is scored one state at a time, got {len(given)}.")
     if given:
         return [path.absolute() for path in given]
-    if cfg.method != "adapters":
-        raise AdapterError(f"method={cfg.method}: such a run makes no adapter. Name those you mean with --adapter.")
-    found = [cfg.adapters_dir / name / "best" for name in cfg.adapters]
-    if cfg.method != "adapters":
-        found = [cfg.run_dir / cfg.method / "best"]
+    if cfg.method == "adapters":
+        kind, found = "adapter", [cfg.adapters_dir / name / "best" for name in cfg.adapters]
+    else:
+        kind, found = f"state of method={cfg.method}", [cfg.run_dir / cfg.method / "best"]
     missing = [path for path in found if not path.is_dir()]
     if missing:
-        raise AdapterError(f"{missing[0]}: no such adapter. Train the run first, or name one with --adapter.")
+        raise AdapterError(f"{missing[0]}: no such {kind}. Train the run first, or name one with --adapter.")
     return found
 
 

@@ -79,16 +79,13 @@ def refuse_prefix_on(base: Base, where: str) -> None:
         AdapterError: passes are padded, the base's layers take no keys and values of one shape, or an encoder-decoder
             is of an unknown family.
     """
-    config = base.model.config
-    if base.is_encoder_decoder:
-        why = slots_exactness.differs(config, own_attention=base.own_attention) or ""
-        if not why:
+    needs_packing = not base.is_encoder_decoder and not base.is_packed
+    if base.why_no_prefix is None and not needs_packing:
+        differs = slots_exactness.differs if base.is_encoder_decoder else exactness.prefix_differs
+        base.why_no_prefix = differs(base.model.config, own_attention=base.own_attention) or ""
+        if base.is_encoder_decoder and not base.why_no_prefix:
             slots.install(base.model)
-    elif not base.is_packed:
-        why = exactness.small_copy_differs(config) or "train.packing is off, or its weights were found inexact"
-    else:
-        why = exactness.prefix_differs(config, own_attention=base.own_attention) or ""
-    if why:
+    if why := base.why_padded if needs_packing else base.why_no_prefix:
         raise AdapterError(
             f"{where}: a prefix cannot be put into base {base.name}, because its keys and values would not be exact "
             f"there ({why}). Use kind: prompt, or another base."

@@ -8,6 +8,7 @@ Shapes:  P virtual tokens   H hidden size   W width of a virtual token (adapters
 """
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def save(adapter: Adapter, directory: Path, *, card: AdapterCard) -> int:
     )
     try:
         refuse_other_content(directory)
-        directories.write(directory, {**files, MANIFEST_FILE: f"{manifest.model_dump_json(indent=2)}\n".encode()})
+        directories.write(directory, {**files, MANIFEST_FILE: manifests.sealed(json.loads(manifest.model_dump_json()))})
     except OSError as error:
         raise AdapterError(
             f"adapter {directory} is not saved: {error.strerror or error} (errno {error.errno}). "

@@ -4,6 +4,9 @@ The types of that file and their checks. Reading and writing directories is `ada
 people is `adapters.model_card`.
 """
 
+import hashlib
+import json
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -28,6 +31,7 @@ from peftscale.errors import AdapterError
 
 MANIFEST_FILE = "peftscale.json"
 FORMAT_VERSION = 1
+_DIGEST = "digest"
 _NOT_OF_THE_START = ("task", "more_tasks", "task_size_limit", "train")
 RECORDED_PACKAGES = ("torch", "transformers", "deepspeed", "bitsandbytes", "safetensors")
 
@@ -183,11 +187,16 @@ class Manifest(AdapterCard):
         return self
 
 
+def sealed(fields: Mapping[str, object]) -> bytes:
+    """The file with these keys, and the digest of them all beside them."""
+    return f"{json.dumps({**fields, _DIGEST: _digest(fields)}, indent=2, ensure_ascii=False)}\n".encode()
+
+
 def parse(content: bytes, *, where: str) -> Manifest:
     """Read untrusted bytes; `where` is the path that messages name.
 
     Raises:
-        AdapterError: not JSON, of a newer format, or a key is missing or wrong. All problems at once.
+        AdapterError: not JSON, of a newer format, altered, or a key is missing or wrong. All problems at once.
     """
     fields = peft_format.json_object(content, where=where)
     if fields.get("format_version") != FORMAT_VERSION:
@@ -195,11 +204,23 @@ def parse(content: bytes, *, where: str) -> Manifest:
             f"{where}: format_version is {fields.get('format_version')!r}; peftscale {peftscale.__version__} reads "
             f"{FORMAT_VERSION}. Read it with the version that wrote it (versions: {fields.get('versions')})."
         )
+    if fields.get(_DIGEST, _digest(fields)) != _digest(fields):  # files of earlier versions have none
+        raise AdapterError(
+            f"{where}: altered. By its {_DIGEST} its keys gave {fields[_DIGEST]!r}, now they give {_digest(fields)}. "
+            f"Copy or save the adapter again."
+        )
     try:
         return Manifest.model_validate(fields)
     except ValidationError as error:
         problems = [f"  {'.'.join(map(str, item['loc'])) or 'file'}: {item['msg']}" for item in error.errors()]
         raise AdapterError("\n".join([f"{where}: {len(problems)} problem(s)", *problems])) from error
+
+
+def _digest(fields: Mapping[str, object]) -> str:
+    """Of all keys but the digest's own, whatever their order and the blanks between them."""
+    rest = {key: value for key, value in fields.items() if key != _DIGEST}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def versions() -> dict[str, str]:

@@ -49,6 +49,10 @@ class Base:
     """The attention implementation that transformers chose for the model."""
     is_packed: bool = False
     """Passes are packed; set by `exactness.make_packed`."""
+    why_padded: str = "packing is off"
+    """Where they are not; what was found is set by `train.setup`."""
+    why_no_prefix: str | None = None
+    """Why the base takes no prefix, empty where it does; None until `adapters.refuse_prefix_on` has tried."""
     notes: tuple[str, ...] = ()
     """What whoever trains through it should know, a line each."""
 

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PretrainedConfig
 from peftscale.base import attention, slots
 from peftscale.base.load import Base
 from peftscale.base.skeleton import decoder_depth
+from peftscale.facts.skeleton import head_dim
 
 
 class PrefixShape(NamedTuple):
@@ -41,7 +42,11 @@ class PrefixShape(NamedTuple):
 
 
 def shape_of(config: PretrainedConfig) -> PrefixShape:
-    """As the config says it. Layers that differ from one another are found out by `exactness.prefix_differs`."""
+    """As the config says it. Layers that differ from one another are found out by `exactness.prefix_differs`.
+
+    Raises:
+        ModelError: they differ in their heads' size, and transformers says so.
+    """
     text = config.get_text_config()
     heads = text.num_attention_heads
     parts: tuple[int, ...] = ()
@@ -51,7 +56,7 @@ def shape_of(config: PretrainedConfig) -> PrefixShape:
     return PrefixShape(
         sum(parts) or text.num_hidden_layers,
         getattr(text, "num_key_value_heads", None) or heads,
-        getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or text.hidden_size // heads,
+        head_dim(text, config.name_or_path or "the base"),
         parts,
     )
 

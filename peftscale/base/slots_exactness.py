@@ -1,8 +1,8 @@
-"""Whether an encoder-decoder base takes prompts exactly, proved on its own weights, and prefixes, on a small random
-model of its config.
+"""Whether an encoder-decoder base takes prefixes exactly, proved on a small random model of its config.
 
-The reference of prefixes knows nothing of `base.slots`: hooks behind every projection to keys and to values write the
-prefix into the rows' first positions. Packed passes of decoder-only bases are proved in `base.exactness`.
+The reference knows nothing of `base.slots`: hooks behind every projection to keys and to values write the
+prefix into the rows' first positions. Prompts are proved in `base.text_exactness`, packed
+passes of decoder-only bases in `base.exactness`.
 
 Shapes:  N rows   S positions   P virtual tokens   L layers   K heads   D head size
 """
@@ -16,40 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
 from peftscale.base import encoder_decoder, prefixed, slots
-from peftscale.base.exactness import ROUNDINGS, TOLERANCE, largest_error
-from peftscale.base.load import Base
+from peftscale.base.exactness import TOLERANCE, largest_error
 from peftscale.base.padded import Row, logits_at
-
-
-def texts_differ(base: Base) -> str | None:
-    """None if texts that enter as embeddings, as behind a prompt, give the logits of their ids, or why not.
-
-    Pegasus, for one, scales embeddings only where it looks them up itself. What is random in training mode is found out
-    too. Collective when the base is sharded.
-    """
-    name, draw = base.model.config.model_type, torch.Generator().manual_seed(0)
-    ordinary = sorted(set(range(base.vocab_size)) - set(base.tokenizer.all_special_ids))
-    picked = [[ordinary[i] for i in torch.randint(len(ordinary), (n,), generator=draw)] for n in (9, 14)]
-    rows = [Row(None, ids, num_targets) for ids, num_targets in zip(picked, (1, 4), strict=True)]
-    try:
-        with torch.no_grad():
-            got_MV = encoder_decoder.target_logits(base, rows)
-            base.eval()
-            want_MV = torch.cat([_logits_of_ids(base, row) for row in rows])
-    except Exception as failure:  # whatever a model does with arguments that it does not know
-        return f"{name}: a text as embeddings fails ({type(failure).__name__}: {str(failure)[:200]})"
-    finally:
-        base.train()
-    error = float((got_MV - want_MV).norm() / want_MV.norm())
-    allowed = max(TOLERANCE, ROUNDINGS * torch.finfo(base.compute_dtype).eps)
-    return None if error <= allowed else f"{name}: a text as embeddings is off by {error:.1e}"
-
-
-def _logits_of_ids(base: Base, row: Row) -> Tensor:
-    """(M, V) float32, by transformers' own way from ids."""
-    text, read = (torch.tensor([ids], device=base.device) for ids in encoder_decoder.sides(row, base.model))
-    logits_1MV: Tensor = base.model(input_ids=text, decoder_input_ids=read, use_cache=False).logits
-    return logits_1MV[0].float()
 
 
 def differs(config: PretrainedConfig, *, own_attention: str | None) -> str | None:
@@ -65,7 +33,7 @@ def differs(config: PretrainedConfig, *, own_attention: str | None) -> str | Non
     try:
         torch.manual_seed(0)
         error = prefix_error(small_copy(config, own_attention))
-    except Exception as failure:  # as above
+    except Exception as failure:  # whatever a model does with arguments that it does not know
         return f"{config.model_type}: a prefix fails ({type(failure).__name__}: {str(failure)[:200]})"
     finally:
         torch.random.set_rng_state(state)

@@ -93,7 +93,7 @@ def read(model_dir: Path) -> BaseFacts:
         num_layers=sum(unit.kind == "block" for unit in units),
         num_heads=heads,
         num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or text.hidden_size // heads,
+        head_dim=head_dim(text, f"base.model={model_dir}"),
         activation=str(act or getattr(text, "activation_function", None) or getattr(text, "dense_act_fn", None)),
         vocab_size=text.vocab_size,
         max_positions=max_positions(text),
@@ -102,6 +102,24 @@ def read(model_dir: Path) -> BaseFacts:
         units=in_order(units),
         num_decoder_layers=_decoder_layers(model, units),
     )
+
+
+def head_dim(text: Any, where: str) -> int:
+    """Width of a head of a language model, from transformers' config of it; `where` is what the message names.
+
+    Raises:
+        ModelError: its layers differ in it, as Gemma 4's do.
+    """
+    from transformers.integrations.heterogeneity.configuration_utils import AmbiguousGlobalPerLayerAttributeError
+
+    try:
+        size = getattr(text, "head_dim", None) or getattr(text, "d_kv", None)
+    except AmbiguousGlobalPerLayerAttributeError as error:
+        raise ModelError(
+            f"{where}: the layers of this {text.model_type} model have heads of different sizes, which can be neither "
+            f"planned for nor take a prefix. Choose a model whose layers are alike."
+        ) from error
+    return int(size or text.hidden_size // text.num_attention_heads)
 
 
 def max_positions(text: Any) -> int | None:

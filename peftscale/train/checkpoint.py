@@ -145,13 +145,13 @@ def write_(
     try:
         directory.write(target, files)
     except OSError as error:
-        last = next((path for path in _newest_first(root) if path != target), None)
+        last = next((path for path in newest_first(root) if path != target), None)
         raise CheckpointError(
             f"checkpoint {target} cannot be written: {error.strerror or error}. It needs "
             f"{sum(map(len, files.values()))} bytes. The last good one is {last or 'none'}. "
             f"Make room and {'go on with --resume' if last else 'start the run again'}."
         ) from error
-    for old in _newest_first(root)[keep:]:
+    for old in newest_first(root)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -168,7 +168,7 @@ def newest(root: Path, *, note: Callable[[str], None] = log.warning) -> Path | N
     Raises:
         CheckpointError: there are checkpoints and none of them can be used.
     """
-    candidates = _newest_first(root)
+    candidates = newest_first(root)
     reasons = []
     for path in candidates:
         try:
@@ -257,7 +257,8 @@ def _differences(old: Any, new: Any, where: str = "") -> list[str]:
     return [] if old == new else [f"{where} was {old!r}, now {new!r}"]
 
 
-def _newest_first(root: Path) -> list[Path]:
+def newest_first(root: Path) -> list[Path]:
+    """All that are there, whole or not."""
     found = [(int(m[1]), p) for p in root.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))]
     return [path for _, path in sorted(found, reverse=True)]
 
@@ -266,18 +267,26 @@ def _verified(path: Path) -> dict[str, bytes]:
     """Every file of a checkpoint, read once and compared with the manifest."""
     try:
         manifest = json.loads((path / _MANIFEST).read_bytes())
-        written = manifest["format"]
-        hashes: dict[str, str] = manifest["sha256"]
-        files = {name: (path / name).read_bytes() for name in (_STATE, _ADAPTERS, _MOMENTS)}
-        wrong = [name for name, data in files.items() if hashlib.sha256(data).hexdigest() != hashes.get(name)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {path} is not whole ({type(error).__name__}: {error})") from error
+        written, hashes = manifest["format"], dict(manifest["sha256"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"checkpoint {path} is not whole ({_MANIFEST}: {type(error).__name__}: {error})"
+        ) from error
     if written != FORMAT:
         raise CheckpointError(
-            f"checkpoint {path} has format {written!r}, this version reads {FORMAT}: another version wrote it"
+            f"checkpoint {path} has format {written!r} ({_MANIFEST}), this version reads {FORMAT}: another version "
+            f"wrote it"
         )
+    try:
+        files = {name: (path / name).read_bytes() for name in (_STATE, _ADAPTERS, _MOMENTS)}
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} is not whole ({error.filename}: {error.strerror})") from error
+    wrong = [name for name, data in files.items() if hashlib.sha256(data).hexdigest() != hashes.get(name)]
     if wrong:
-        raise CheckpointError(f"checkpoint {path} is damaged ({', '.join(wrong)})")
+        raise CheckpointError(f"checkpoint {path} is damaged ({', '.join(wrong)}: by {_MANIFEST} it was another)")
+    step = json.loads(files[_STATE])["step"]
+    if path.name != f"step-{step}":
+        raise CheckpointError(f"checkpoint {path} is another one, renamed (it holds the state after step {step})")
     return files
 
 

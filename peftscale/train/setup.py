@@ -12,7 +12,7 @@ import torch
 
 from peftscale import facts, plan
 from peftscale.adapters import files
-from peftscale.base import attention, exactness, flex_exactness, slots_exactness
+from peftscale.base import attention, exactness, flex_exactness, text_exactness
 from peftscale.base import load as base_load
 from peftscale.base.load import Base
 from peftscale.config import BaseConfig, RunConfig
@@ -131,7 +131,7 @@ def load_base(cfg: BaseConfig, placed: Placement, device: torch.device) -> Base:
     """Load the base as planned. What can fail on one rank alone (files, cache, disk) fails on all before any gather.
 
     Raises:
-        ModelError: it cannot be loaded, or is an encoder-decoder on which prompts would not be exact.
+        ModelError: it cannot be loaded, or prompts would not be exact on it.
     """
     opened = comm.together(lambda: base_load.open_(cfg))
     base = base_load.load(
@@ -142,13 +142,12 @@ def load_base(cfg: BaseConfig, placed: Placement, device: torch.device) -> Base:
         prefetch_elements=placed.prefetch_elements,
         opened=opened,
     )
-    if base.is_encoder_decoder:
-        reasons = comm.gather_objects(slots_exactness.texts_differ(base))
-        if any(reasons):
-            raise ModelError(
-                f"base.model={cfg.model}: no adapter would be exact on this base ({next(filter(None, reasons))}). "
-                f"Choose another encoder-decoder, such as a T5, or a decoder-only base."
-            )
+    reasons = comm.gather_objects(text_exactness.texts_differ(base))
+    if any(reasons):
+        raise ModelError(
+            f"base.model={cfg.model}: no adapter would be exact on this base ({next(filter(None, reasons))}). "
+            f"Choose another one, such as a Llama, a Qwen or a T5."
+        )
     return base
 
 
@@ -168,7 +167,8 @@ def pack_where_exact(base: Base) -> str | None:
     if not any(reasons):
         reasons = comm.gather_objects(exactness.weights_differ(base))
     if any(reasons):
-        return f"passes are padded: {next(filter(None, reasons))}"
+        base.why_padded = next(filter(None, reasons))
+        return f"passes are padded: {base.why_padded}"
     exactness.make_packed(base)
     if base.device.type != "cuda":  # FlexAttention has no backward elsewhere
         return None

@@ -28,12 +28,12 @@ from random_base import llama, save_config, save_weights
 
 from peftscale import records
 from peftscale.adapters import Cohort, SoftPrompt, initialisation
-from peftscale.base import exactness, load
+from peftscale.base import load
 from peftscale.base.load import Base
 from peftscale.config import BaseConfig, TrainConfig
 from peftscale.data.batches import Item, training_items
 from peftscale.data.tasks import Example
-from peftscale.train import comm, step
+from peftscale.train import comm, setup, step
 from peftscale.train.optim import AdapterOptimizer
 
 SMALL = {"hidden": 256, "feed": 704, "layers": 4, "heads": 4, "key_value_heads": 2, "vocab": 4096}
@@ -159,8 +159,7 @@ def _rank(rank: int, directory: Path, task: str, num_turns: int, with_bucket: bo
             checkpoint_activations=False,
         )
         base = load.load(cfg, sharding="world", device=torch.device("cpu"))
-        assert exactness.differs(base) is None
-        exactness.make_packed(base)
+        assert setup.pack_where_exact(base) is None
         watch = comm.watched(Bucket(BITS_PER_S).take) if with_bucket else contextlib.nullcontext()
         with watch:
             found = _moved_apart(base) if task == "compare" else _measure(base, num_turns)

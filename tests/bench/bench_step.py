@@ -25,12 +25,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from peftscale import records
 from peftscale.adapters import Cohort, SoftPrompt
-from peftscale.base import exactness, load
+from peftscale.base import load
 from peftscale.base.load import Base
 from peftscale.config import BaseConfig
 from peftscale.data.batches import training_items
 from peftscale.data.tasks import Example
-from peftscale.train import memory, step
+from peftscale.train import memory, setup, step
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "configs" / "quickstart" / "base"
@@ -127,8 +127,7 @@ def _open(directory: Path) -> Base:
         checkpoint_activations=False,
     )
     base = load.load(cfg, sharding="replicated", device=torch.device("cpu"))
-    assert exactness.differs(base) is None
-    exactness.make_packed(base)
+    assert setup.pack_where_exact(base) is None
     return base
 
 

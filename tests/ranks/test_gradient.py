@@ -10,17 +10,26 @@ from harness import run_ranks
 
 from peftscale import adapters
 from peftscale.base import load
+from peftscale.base.load import Base
 from peftscale.config import RunConfig
 from peftscale.data import tasks
 from peftscale.data.batches import training_items
-from peftscale.train import comm, step
+from peftscale.train import comm, setup, step
 
 pytestmark = pytest.mark.ranks
 
 
+def _load(cfg: RunConfig, sharding: str = "replicated") -> Base:
+    """The base, with the passes that the run file asks for."""
+    base = load.load(cfg.base, sharding=sharding, device=torch.device("cpu"))  # type: ignore[arg-type]
+    assert setup.choose_packing(cfg, base) is None
+    assert base.is_packed == (cfg.train.packing == "auto")
+    return base
+
+
 def _gradient(cfg: RunConfig, sharding: str, microbatch_tokens: int) -> dict[str, Any]:
     """Gradient of one global batch of seven examples, what it cost in bytes, and what is left gathered."""
-    base = load.load(cfg.base, sharding=sharding, device=torch.device("cpu"))  # type: ignore[arg-type]
+    base = _load(cfg, sharding)
     cohort = adapters.build(cfg, base)
     task = tasks.load(cfg.task, base.tokenizer, max_tokens=100)
     items = training_items("mood", cohort["mood"].length, task.train)
@@ -41,15 +50,14 @@ def _error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
-@pytest.mark.parametrize("config", [tiny.LLAMA, tiny.GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize(("config", "packing"), [(tiny.LLAMA, "auto"), (tiny.GPT2, "off")], ids=["packed", "padded"])
 def test_one_two_and_three_ranks_give_one_gradient_sharded_and_replicated(
-    tmp_path: Path, quantization: str, config: dict[str, Any]
+    tmp_path: Path, quantization: str, config: dict[str, Any], packing: str
 ) -> None:
     base = tiny.save_base(tmp_path / "base", config)
-    plain = tiny.run_config(tmp_path, base=base, **{"base.quantization": quantization})
-    checkpointed = tiny.run_config(
-        tmp_path, base=base, **{"base.quantization": quantization, "base.checkpoint_activations": True}
-    )
+    changes = {"base.quantization": quantization, "train.packing": packing}
+    plain = tiny.run_config(tmp_path, base=base, **changes)
+    checkpointed = tiny.run_config(tmp_path, base=base, **changes, **{"base.checkpoint_activations": True})
     (want,) = run_ranks(_gradient, 1, tmp_path / "one", plain, "replicated", 4096)
     errors = {}
     cases = [
@@ -83,10 +91,22 @@ def test_a_wrong_share_of_the_batch_would_be_seen(tmp_path: Path) -> None:
     assert _error(grads[1], grads[0]) > 1e-2
 
 
-def test_accumulation_over_four_passes_equals_one_pass(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_packed_and_padded_passes_give_one_gradient(tmp_path: Path, quantization: str) -> None:
+    changes = {"base.quantization": quantization, "base.checkpoint_activations": True}
+    packed, padded = (
+        _gradient(tiny.run_config(tmp_path, **changes, **{"train.packing": packing}), "replicated", 64)
+        for packing in ("auto", "off")
+    )
+    assert packed["loss"] == pytest.approx(float(padded["loss"]), rel=1e-6)
+    assert _error(packed["grad"], padded["grad"]) < 2e-6
+
+
+@pytest.mark.parametrize("packing", ["auto", "off"])
+def test_accumulation_over_four_passes_equals_one_pass(tmp_path: Path, packing: str) -> None:
     """Promise 5, in one process."""
-    cfg = tiny.run_config(tmp_path)
-    base = load.load(cfg.base, sharding="replicated", device=torch.device("cpu"))
+    cfg = tiny.run_config(tmp_path, **{"train.packing": packing})
+    base = _load(cfg)
     cohort = adapters.build(cfg, base)
     items = training_items("mood", 5, tasks.load(cfg.task, base.tokenizer, max_tokens=100).train)
     grads = []

@@ -1,12 +1,15 @@
 """What one rank finds wrong alone is raised on every rank, with its text; nobody waits for a rank that left."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from harness import run_ranks
+from torch import Tensor
 
+from peftscale.base import attention, load
 from peftscale.config import RunConfig
 from peftscale.errors import ClusterError, ModelError
 from peftscale.train import comm, setup
@@ -24,6 +27,25 @@ def _one_rank_fails() -> tuple[str, str]:
         return "value", str(comm.together(local))
     except ModelError as error:
         return "ModelError", str(error)
+
+
+def _packed_attention_fails_on_one_rank(cfg: RunConfig) -> tuple[str | None, bool]:
+    base = load.load(cfg.base, sharding="world", device=torch.device("cpu"))
+
+    def fails(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        if module.layer_idx == 2:  # the small copy has two layers
+            raise RuntimeError("no kernel")
+        return attention.packed_attention(module, *args, **kwargs)
+
+    if comm.rank() == 1:
+        attention.AttentionInterface._global_mapping[attention.NAME] = fails
+    return setup.pack_where_exact(base), base.is_packed
+
+
+def test_a_packed_check_that_fails_on_one_rank_means_padded_passes_on_all(tmp_path: Path) -> None:
+    deep = tiny.save_base(tmp_path / "base", {**tiny.LLAMA, "num_hidden_layers": 4})  # gathers follow the failure
+    results = run_ranks(_packed_attention_fails_on_one_rank, 2, tmp_path / "a", tiny.run_config(tmp_path, base=deep))
+    assert results == [("passes are padded: the packed pass fails (RuntimeError: no kernel)", False)] * 2
 
 
 def _none_fails() -> int:

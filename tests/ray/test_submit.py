@@ -114,6 +114,7 @@ def head() -> Iterator[Head]:
 def _with_its_token(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(head.token))
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     # Ray's client would go there in place of the address that it is given, and send the token along.
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 
 from peftscale.adapters import SoftPrompt, files
+from peftscale.adapters import manifest as manifests
 from peftscale.adapters.manifest import AdapterCard, BaseCard, TaskTemplate
 from peftscale.config import TaskConfig
 from peftscale.errors import AdapterError
@@ -72,7 +73,9 @@ def make_peft_only(directory: Path) -> Path:
 
 
 def edit_json(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    """Change keys of a file as the program that wrote it would have."""
+    fields = json.loads(path.read_text()) | changes
+    path.write_bytes(manifests.sealed(fields) if path.name == manifests.MANIFEST_FILE else json.dumps(fields).encode())
 
 
 def test_loading_gives_bitwise_the_rows_that_were_saved(saved: Path) -> None:
@@ -283,6 +286,15 @@ def test_a_manifest_that_cannot_be_trusted_is_refused(saved: Path, changes: dict
     with pytest.raises(AdapterError) as caught:
         load(saved)
     assert message in str(caught.value) and "peftscale.json" in str(caught.value)
+
+
+def test_a_manifest_that_was_edited_is_refused(saved: Path) -> None:
+    path = saved / "peftscale.json"
+    path.write_text(path.read_text().replace("Rating:", "Verdict:"))
+    with pytest.raises(
+        AdapterError, match=r"peftscale\.json: altered\. By its digest its keys gave 'sha256:\w{64}', now"
+    ):
+        load(saved)
 
 
 def test_a_key_of_a_later_minor_version_is_passed_over(saved: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
 from peftscale.adapters import Prefix, SoftPrompt, files
+from peftscale.adapters import manifest as manifests
 from peftscale.adapters.initialisation import random_keys_values
 from peftscale.adapters.manifest import AdapterCard, BaseCard
 from peftscale.base import passes, prefixed
@@ -72,7 +73,9 @@ def load(directory: Path, shape: PrefixShape | None = SHAPE) -> tuple[Any, files
 
 
 def edit_json(path: Path, **changes: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    """Change keys of a file as the program that wrote it would have."""
+    fields = json.loads(path.read_text()) | changes
+    path.write_bytes(manifests.sealed(fields) if path.name == manifests.MANIFEST_FILE else json.dumps(fields).encode())
 
 
 def make_peft_only(directory: Path) -> Path:
@@ -348,7 +351,7 @@ def test_a_manifest_written_before_encoder_decoders_is_read(tmp_path: Path, adap
     files.save(adapter, tmp_path / "a", card=card().model_copy(update={"base": base}))
     path = tmp_path / "a" / "peftscale.json"
     manifest = json.loads(path.read_text())
-    del manifest["decoder_length"], manifest["base"]["is_encoder_decoder"]
+    del manifest["digest"], manifest["decoder_length"], manifest["base"]["is_encoder_decoder"]
     if manifest["prefix"]:
         del manifest["prefix"]["parts"]
     path.write_text(json.dumps(manifest))

@@ -6,56 +6,20 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import damages
 import pytest
+import states
 import torch
 
-from peftscale.adapters import Cohort, SoftPrompt
-from peftscale.config import TrainConfig
-from peftscale.data.batches import Cursor
 from peftscale.errors import CheckpointError
 from peftscale.train import checkpoint
-from peftscale.train.checkpoint import AdapterProgress, Identity, State
-from peftscale.train.optim import AdapterOptimizer
+from peftscale.train.checkpoint import Identity, State
 
-IDENTITY = Identity("sha256:aa", "f1", 2, 1, {"train": {"steps": 9}})
-
-
-def _train_config(optimizer: str) -> TrainConfig:
-    return TrainConfig(
-        steps=9,
-        examples_per_step=1,
-        microbatch_tokens=1,
-        optimizer=optimizer,  # type: ignore[arg-type]
-        learning_rate=0.1,
-        evaluate_every=1,
-        checkpoint_every=1,
-    )
-
-
-def _state(*, steps: int, optimizer: str = "adamw") -> State:
-    """A cohort of two that was moved `steps` times by made-up gradients."""
-    draw = torch.Generator().manual_seed(1)
-    cohort = Cohort({name: SoftPrompt(torch.rand(length, 3, generator=draw)) for name, length in (("a", 4), ("b", 5))})
-    cfg = _train_config(optimizer)
-    state = State(
-        cohort,
-        {name: AdapterOptimizer(adapter.parameters(), cfg) for name, adapter in cohort.items()},
-        {name: adapter.rows_PH.detach().clone() for name, adapter in cohort.items()},
-        {name: AdapterProgress(Cursor(7), best={"accuracy": 0.5}, best_step=0) for name in cohort},
-    )
-    for step in range(steps):
-        _move(state, step)
-    return state
-
-
-def _move(state: State, step: int) -> None:
-    for name, adapter in state.cohort.items():
-        adapter.rows_PH.grad = torch.sin(adapter.rows_PH.detach() * (step + 1) + len(name))
-        state.optimizers[name].update(step)
-        state.progress[name].cursor = Cursor(7, step + 1)
-    state.step = step + 1
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+"""Of a process that imports this file."""
 
 
 def _restore(state: State, root: Path, identity: Identity) -> Path | None:
@@ -66,92 +30,91 @@ def _restore(state: State, root: Path, identity: Identity) -> Path | None:
     return found
 
 
-def _rows(state: State) -> list[torch.Tensor]:
-    return [adapter.rows_PH.detach().clone() for adapter in state.cohort.values()]
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_a_restored_state_goes_on_bitwise_as_the_one_that_was_saved(tmp_path: Path, optimizer: str) -> None:
-    first = _state(steps=3, optimizer=optimizer)
-    checkpoint.save_(first, tmp_path, IDENTITY, keep=2)
-    second = _state(steps=0, optimizer=optimizer)
-    assert _restore(second, tmp_path, IDENTITY) == tmp_path / "step-3"
+    first = states.make(steps=3, optimizer=optimizer)
+    checkpoint.save_(first, tmp_path, states.IDENTITY, keep=2)
+    second = states.make(steps=0, optimizer=optimizer)
+    assert _restore(second, tmp_path, states.IDENTITY) == tmp_path / "step-3"
     assert second.progress == first.progress
     for state in (first, second):
-        _move(state, 3)
-    assert all(torch.equal(x, y) for x, y in zip(_rows(first), _rows(second), strict=True))
+        states.move_(state, 3)
+    assert all(torch.equal(x, y) for x, y in zip(states.rows(first), states.rows(second), strict=True))
 
 
 def test_only_so_many_checkpoints_are_kept_and_the_newest_is_restored(tmp_path: Path) -> None:
-    state = _state(steps=0)
+    state = states.make(steps=0)
     for step in range(12):
-        _move(state, step)
-        checkpoint.save_(state, tmp_path, IDENTITY, keep=2)
+        states.move_(state, step)
+        checkpoint.save_(state, tmp_path, states.IDENTITY, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-11", "step-12"]
-    assert _restore(_state(steps=0), tmp_path, IDENTITY) == tmp_path / "step-12"
+    assert _restore(states.make(steps=0), tmp_path, states.IDENTITY) == tmp_path / "step-12"
 
 
-def _cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def _flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def _delete(path: Path) -> None:
-    path.unlink()
-
-
-def _empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-@pytest.mark.parametrize("file", ["manifest.json", "state.json", "adapters.safetensors", "optimizer.safetensors"])
-@pytest.mark.parametrize("damage", [_cut, _flip, _delete, _empty])
-def test_a_damaged_file_of_the_newest_checkpoint_falls_back_to_the_one_before(
-    tmp_path: Path, file: str, damage: object, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("file", damages.CHECKPOINT_FILES)
+@pytest.mark.parametrize("damage", damages.ALL)
+def test_a_damaged_file_of_the_newest_checkpoint_falls_back_to_the_one_before_and_loses_nothing_older(
+    tmp_path: Path, file: str, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    state = _state(steps=0)
-    for step in range(2):
-        _move(state, step)
-        checkpoint.save_(state, tmp_path, IDENTITY, keep=2)
-    damage(tmp_path / "step-2" / file)  # type: ignore[operator]
-    restored = _state(steps=0)
+    state = states.make(steps=0)
+    for step in range(3):
+        states.move_(state, step)
+        checkpoint.save_(state, tmp_path, states.IDENTITY, keep=3)
+    older = {step: damages.content(tmp_path / step) for step in ("step-1", "step-2")}
+    damage(tmp_path / "step-3" / file)
+    restored = states.make(steps=0)
     with caplog.at_level(logging.WARNING):
-        assert _restore(restored, tmp_path, IDENTITY) == tmp_path / "step-1"
-    assert restored.step == 1
-    assert "step-2" in caplog.text
-    assert "trying the one before it" in caplog.text
+        assert _restore(restored, tmp_path, states.IDENTITY) == tmp_path / "step-2"
+    assert restored.step == 2
+    if damage is not damages.half_written:  # of which nothing has the name of a checkpoint
+        assert f"checkpoint {tmp_path / 'step-3'} is " in caplog.text
+        assert "trying the one before it" in caplog.text
+    states.move_(restored, 2)
+    checkpoint.save_(restored, tmp_path, states.IDENTITY, keep=3)
+    assert {step: damages.content(tmp_path / step) for step in older} == older
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2", "step-3"]
+    assert _restore(states.make(steps=0), tmp_path, states.IDENTITY) == tmp_path / "step-3"  # whole again
+    assert all(torch.equal(x, y) for x, y in zip(states.rows(restored), states.rows(state), strict=True))
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every file of it is whole."""
+    state = states.make(steps=0)
+    for step in range(2):
+        states.move_(state, step)
+        checkpoint.save_(state, tmp_path, states.IDENTITY, keep=2)
+    (tmp_path / "step-1").rename(tmp_path / "step-3")
+    assert _restore(states.make(steps=0), tmp_path, states.IDENTITY) == tmp_path / "step-2"
+    assert "step-3 is another one, renamed (it holds the state after step 1)" in caplog.text
 
 
 def test_no_whole_checkpoint_among_several_is_an_error_and_none_at_all_is_a_start(tmp_path: Path) -> None:
-    assert _restore(_state(steps=0), tmp_path / "nothing", IDENTITY) is None
-    checkpoint.save_(_state(steps=1), tmp_path, IDENTITY, keep=2)
-    _flip(tmp_path / "step-1" / "adapters.safetensors")
+    assert _restore(states.make(steps=0), tmp_path / "nothing", states.IDENTITY) is None
+    checkpoint.save_(states.make(steps=1), tmp_path, states.IDENTITY, keep=2)
+    damages.flip(tmp_path / "step-1" / "adapters.safetensors")
     with pytest.raises(CheckpointError, match="none of the 1 checkpoint"):
-        _restore(_state(steps=0), tmp_path, IDENTITY)
+        _restore(states.make(steps=0), tmp_path, states.IDENTITY)
 
 
 def test_a_checkpoint_of_another_version_is_refused_by_its_format(tmp_path: Path) -> None:
     """Between formats the names of tensors change."""
-    checkpoint.save_(_state(steps=1), tmp_path, IDENTITY, keep=2)
+    checkpoint.save_(states.make(steps=1), tmp_path, states.IDENTITY, keep=2)
     manifest = tmp_path / "step-1" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": checkpoint.FORMAT - 1}))
-    with pytest.raises(CheckpointError, match=r"step-1 has format 2, this version reads 3: another version wrote it"):
-        _restore(_state(steps=0), tmp_path, IDENTITY)
+    with pytest.raises(CheckpointError, match=r"step-1 has format 2 \(manifest.json\), this version reads 3: another"):
+        _restore(states.make(steps=0), tmp_path, states.IDENTITY)
 
 
 def test_a_checkpoint_of_another_base_or_run_file_is_refused_with_what_differs(tmp_path: Path) -> None:
-    checkpoint.save_(_state(steps=1), tmp_path, IDENTITY, keep=2)
-    other_base = Identity("sha256:bb", "f1", 2, 1, IDENTITY.config)
+    checkpoint.save_(states.make(steps=1), tmp_path, states.IDENTITY, keep=2)
+    other_base = Identity("sha256:bb", "f1", 2, 1, states.IDENTITY.config)
     with pytest.raises(CheckpointError, match="base sha256:aa, this base is sha256:bb"):
-        _restore(_state(steps=0), tmp_path, other_base)
+        _restore(states.make(steps=0), tmp_path, other_base)
     other_file = Identity("sha256:aa", "f2", 2, 1, {"train": {"steps": 10}})
     with pytest.raises(CheckpointError, match="train.steps was 9, now 10"):
-        _restore(_state(steps=0), tmp_path, other_file)
+        _restore(states.make(steps=0), tmp_path, other_file)
 
 
 def test_a_disk_that_is_full_while_saving_leaves_the_last_checkpoint_whole(tmp_path: Path) -> None:
@@ -159,13 +122,13 @@ def test_a_disk_that_is_full_while_saving_leaves_the_last_checkpoint_whole(tmp_p
     code = """
 import resource, signal, sys
 from pathlib import Path
-import test_checkpoint as t
+import states as t
 from peftscale.errors import CheckpointError
 from peftscale.train import checkpoint
 root = Path(sys.argv[1])
-state = t._state(steps=1)
+state = t.make(steps=1)
 checkpoint.save_(state, root, t.IDENTITY, keep=2)
-t._move(state, 1)
+t.move_(state, 1)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
 try:
@@ -175,7 +138,7 @@ except CheckpointError as error:
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
-        cwd=Path(__file__).parent,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=True,
@@ -183,7 +146,7 @@ except CheckpointError as error:
     assert "cannot be written: File too large" in done.stdout
     assert f"The last good one is {tmp_path / 'step-1'}" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
-    assert _restore(_state(steps=0), tmp_path, IDENTITY) == tmp_path / "step-1"
+    assert _restore(states.make(steps=0), tmp_path, states.IDENTITY) == tmp_path / "step-1"
 
 
 def test_a_process_killed_inside_a_save_leaves_the_last_checkpoint_to_be_used(tmp_path: Path) -> None:
@@ -191,12 +154,12 @@ def test_a_process_killed_inside_a_save_leaves_the_last_checkpoint_to_be_used(tm
     code = """
 import os, signal, sys
 from pathlib import Path
-import test_checkpoint as t
+import states as t
 from peftscale.train import checkpoint
 root = Path(sys.argv[1])
-state = t._state(steps=1)
+state = t.make(steps=1)
 checkpoint.save_(state, root, t.IDENTITY, keep=2)
-t._move(state, 1)
+t.move_(state, 1)
 calls = []
 def fsync(descriptor, original=os.fsync):
     calls.append(descriptor)
@@ -206,18 +169,18 @@ def fsync(descriptor, original=os.fsync):
 os.fsync = fsync
 checkpoint.save_(state, root, t.IDENTITY, keep=2)
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parent, check=False)
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=ENVIRONMENT, check=False)
     assert done.returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 2  # the good one, and what the killed writer left
-    restored = _state(steps=0)
-    assert _restore(restored, tmp_path, IDENTITY) == tmp_path / "step-1"
-    _move(restored, 1)
-    checkpoint.save_(restored, tmp_path, IDENTITY, keep=2)
+    restored = states.make(steps=0)
+    assert _restore(restored, tmp_path, states.IDENTITY) == tmp_path / "step-1"
+    states.move_(restored, 1)
+    checkpoint.save_(restored, tmp_path, states.IDENTITY, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1", "step-2"]
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
-    checkpoint.save_(_state(steps=1), tmp_path, IDENTITY, keep=2)
+    checkpoint.save_(states.make(steps=1), tmp_path, states.IDENTITY, keep=2)
     for path in (tmp_path / "step-1").iterdir():
         content = path.read_bytes()
         assert path.suffix in (".json", ".safetensors")

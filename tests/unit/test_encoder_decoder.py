@@ -19,7 +19,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from peftscale import adapters, driver, records
 from peftscale.adapters import Cohort, initialisation
-from peftscale.base import encoder_decoder, load, passes, prefixed, slots, slots_exactness
+from peftscale.base import encoder_decoder, load, passes, prefixed, slots, slots_exactness, text_exactness
 from peftscale.base.linear import FrozenLinear
 from peftscale.base.load import Base
 from peftscale.base.padded import Row
@@ -167,14 +167,14 @@ def test_a_family_that_treats_embeddings_otherwise_than_ids_is_refused_by_name(t
 @pytest.mark.parametrize("name", BASES)
 def test_the_check_of_prompts_lets_exact_families_pass(tmp_path: Path, name: str) -> None:
     base = _load(_config(tmp_path, BASES[name], **{"base.compute_dtype": "bfloat16", "base.quantization": "nf4"}))
-    assert slots_exactness.texts_differ(base) is None
+    assert text_exactness.texts_differ(base) is None
     assert base.model.training
 
 
 def test_dropout_that_was_left_in_would_be_found_out(tmp_path: Path) -> None:
     base = _load(_config(tmp_path))
     base.model.encoder.dropout.p = 0.1
-    assert "t5: a text as embeddings is off by" in (slots_exactness.texts_differ(base) or "")
+    assert "t5: a text as embeddings is off by" in (text_exactness.texts_differ(base) or "")
 
 
 def test_a_prefix_asks_for_no_packing_where_nothing_is_packed(tmp_path: Path) -> None:

@@ -184,6 +184,15 @@ def test_fused_experts_of_an_unknown_family_are_refused_by_name(tmp_path: Path) 
         facts.load(_write(tmp_path, config.to_dict()))
 
 
+def test_a_model_whose_layers_have_heads_of_different_sizes_is_refused_by_name(tmp_path: Path) -> None:
+    sizes = {"head_dim": 4, "global_head_dim": 8, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
+    model_dir = _write(tmp_path, {"model_type": "gemma4_text", **_LLAMA_LIKE, **sizes})
+    with pytest.raises(ModelError, match=r"base.model=.*gemma4_text model have heads of different sizes"):
+        facts.load(model_dir)
+    with pytest.raises(ModelError, match=r"gemma4_text model have heads of different sizes"):
+        prefixed.shape_of(AutoConfig.from_pretrained(model_dir))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -1,6 +1,7 @@
 """Promise 12: a base takes packed passes only where they are exact; everything else is padded, and says why."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ import tiny
 import torch
 from torch import Tensor
 
-from peftscale import driver
+from peftscale import adapters, driver
 from peftscale.base import attention, exactness, load, slots, slots_exactness
 from peftscale.config import BaseConfig
+from peftscale.errors import AdapterError
+from peftscale.train import setup
 
 PADDED = {"falcon", "bloom"}
+ATTENTION_ONLY = {"mixtral", "gpt_oss"}
 CONFIGS = families.configs()
 
 
@@ -25,6 +29,13 @@ def test_the_packed_pass_is_exact_for(family: str) -> None:
     error = exactness.gradient_error(exactness.small_copy(CONFIGS[family]))
     assert error is not None
     assert error < 2e-6  # measured 2e-7 to 9e-7
+
+
+def test_bases_with_fused_experts_are_refused_and_all_others_of_the_table_load() -> None:
+    found = {family: families.base_of(config) for family, config in (CONFIGS | families.encoder_decoders()).items()}
+    refused = dict.fromkeys(ATTENTION_ONLY, "attention only: refused for fused experts")
+    assert found == dict.fromkeys(found, "loads") | refused
+    assert len(set(CONFIGS) - PADDED - ATTENTION_ONLY) >= 12
 
 
 @pytest.mark.parametrize("family", sorted(PADDED))
@@ -163,7 +174,25 @@ def test_a_bfloat16_base_takes_packed_passes(quantization: str) -> None:
         checkpoint_activations=False,
     )
     base = load.load(cfg, sharding="replicated", device=torch.device("cpu"))
-    assert exactness.differs(base) is None
+    assert setup.pack_where_exact(base) is None
+
+
+def test_a_packed_pass_that_fails_on_the_real_weights_alone_is_padded_and_a_prefix_is_told_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(module: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        if module.layer_idx == 2:  # the small copy has two layers
+            raise RuntimeError("no kernel")
+        return attention.packed_attention(module, *args, **kwargs)
+
+    base = load.load(tiny.run_config(tmp_path).base, sharding="replicated", device=torch.device("cpu"))
+    monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.NAME, fails)
+    why = "the packed pass fails (RuntimeError: no kernel)"
+    assert setup.pack_where_exact(base) == f"passes are padded: {why}"
+    assert not base.is_packed
+    assert base.model.config._attn_implementation == base.own_attention
+    with pytest.raises(AdapterError, match=f"^here: a prefix .*{re.escape(why)}"):
+        adapters.refuse_prefix_on(base, "here")
 
 
 def test_a_wrong_mask_on_the_real_weights_is_found_out_in_bfloat16_too(monkeypatch: pytest.MonkeyPatch) -> None:

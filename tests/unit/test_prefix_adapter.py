@@ -19,6 +19,7 @@ from peftscale.base.padded import Row
 from peftscale.base.prefixed import PrefixShape
 from peftscale.config import RunConfig
 from peftscale.errors import AdapterError, ConfigError, ModelError
+from peftscale.train import setup
 
 L, P, K, D = 3, 5, 2, 16  # tiny.LLAMA's, with four query heads
 SHAPE = PrefixShape(L, K, D)
@@ -290,8 +291,10 @@ def test_a_base_that_takes_padded_passes_refuses_a_prefix_by_name(tmp_path: Path
 def test_a_base_that_bypasses_the_registry_refuses_a_prefix_with_that_reason(tmp_path: Path) -> None:
     config = {**families.configs()["bloom"].to_dict(), "vocab_size": 4096}
     cfg = _config(tmp_path, base=tiny.save_base(tmp_path / "base", config))
+    base = _load(cfg, is_packed=False)
+    setup.choose_packing(cfg, base)
     with pytest.raises(AdapterError, match=r"adapters.mood: a prefix .*\(bloom: its attention does not go"):
-        adapters.build(cfg, _load(cfg, is_packed=False))
+        adapters.build(cfg, base)
 
 
 @pytest.mark.parametrize("config", [tiny.LLAMA, tiny.GPT2, WINDOWED], ids=["llama", "gpt2", "windowed"])
