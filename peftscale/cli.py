@@ -33,8 +33,8 @@ app = typer.Typer(
 app.add_typer(clusters.app)
 
 Adapters = Annotated[
-    list[Path] | None,
-    typer.Option("--adapter", "-a", help="An adapter directory; repeatable. Left out: the run's own best adapters."),
+    list[str] | None,
+    typer.Option("--adapter", "-a", help="An adapter directory or URL; repeatable. Left out: the run's own best ones."),
 ]
 
 

@@ -4,12 +4,14 @@ Reading a file, overrides and error messages are `configio`; what a value costs 
 imports torch, so that a laptop can check a run file in milliseconds.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from peftscale import machine
 from peftscale.baseline_config import FewShotConfig, FullFinetuningConfig, LoraConfig, Method
 from peftscale.deploy_config import DeployConfig
 from peftscale.task_config import DataFiles as DataFiles
@@ -29,6 +31,7 @@ ComputeDtype = Literal["bfloat16", "float32"]
 Sharding = Literal["auto", "replicated", "node", "world"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 COLLECTIVE_TIMEOUT_S = 1800.0
+_STORE = re.compile(r"(?!file:)[a-z][a-z0-9+.-]*://(?!\.)[A-Za-z0-9][\w.-]*(/(?!\.)[\w.=+-]+)*")
 MEAN_OF_TASKS = "mean_of_tasks"
 """What decides which state of an adapter of several tasks is the best: the mean of their first metrics."""
 
@@ -235,6 +238,11 @@ def refuse_endless_warm_ups(adapters: Mapping[str, AdapterSettings], of_run: Opt
         raise ValueError("\n".join(wrong))
 
 
+def is_url(place: str) -> bool:
+    """Whether a place is one of an object store, and no directory."""
+    return "://" in place
+
+
 class ClusterConfig(Frozen):
     """What Ray is asked for."""
 
@@ -244,8 +252,10 @@ class ClusterConfig(Frozen):
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     cpus_per_worker: PositiveFloat = 1
     """Fractions are allowed: Ray counts them, it does not enforce them."""
-    storage: Path
-    """Where runs are kept, as <storage>/<name>. Shared by all nodes. Taken relative to the run file."""
+    storage: str
+    """Where runs are kept, as <storage>/<name>: a directory that all nodes see (taken relative to the run file), or the
+    URL of an object store (s3://bucket/prefix, gs://, abfs://), of which each machine has working copies in its cache.
+    Endpoint and credentials are the environment's."""
     retries: NonNegativeInt = 3
     """How often a dead worker group is started again from the last checkpoint."""
     collective_timeout_s: PositiveFloat = COLLECTIVE_TIMEOUT_S
@@ -278,6 +288,22 @@ class ClusterConfig(Frozen):
                     f"whole number, 0.5 or 0.25"
                 )
         return self
+
+    @model_validator(mode="after")
+    def url_is_a_place_and_no_more(self) -> Self:
+        if is_url(self.storage) and not _STORE.fullmatch(self.storage):
+            # What was got is not told: it may hold a password.
+            raise ValueError(
+                "storage: a URL must be scheme://bucket/prefix; endpoint, region, credentials and other options come "
+                "from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...)"
+            )
+        return self
+
+    @property
+    def runs_dir(self) -> Path:
+        """Where runs are on this machine: the storage, or the working copies of one that is a URL."""
+        scheme, is_there, rest = self.storage.partition("://")
+        return machine.cache_dir() / "storage" / scheme / rest if is_there else Path(self.storage)
 
     @property
     def is_elastic(self) -> bool:
@@ -423,7 +449,12 @@ class RunConfig(Frozen):
     @property
     def run_dir(self) -> Path:
         """Where everything of this run is kept."""
-        return self.cluster.storage / self.name
+        return self.cluster.runs_dir / self.name
+
+    @property
+    def run_url(self) -> str | None:
+        """The same in the storage, where that is an object store."""
+        return f"{self.cluster.storage}/{self.name}" if is_url(self.cluster.storage) else None
 
     @property
     def metrics_path(self) -> Path:

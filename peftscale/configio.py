@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from peftscale import catalogue, complaints, limits, redaction
 from peftscale.complaints import Problems, close_to, shown
-from peftscale.config import RunConfig
+from peftscale.config import RunConfig, is_url
 from peftscale.errors import ConfigError
 
 _SPLITS = ("train", "validation", "test")
@@ -74,10 +74,12 @@ def placed(path: str | Path, overrides: Sequence[str], place: Callable[[str, str
     raw = _typed(Path(path), overrides, Problems())
     for holder, keys in _paths(raw):
         typed = holder[keys[-1]]
-        is_hub_id = keys == ("base", "model") and not Path(typed).is_absolute()
+        is_no_path = (keys == ("base", "model") and not Path(typed).is_absolute()) or (
+            isinstance(typed, str) and is_url(typed)
+        )
         if isinstance(typed, list):
             holder[keys[-1]] = [place(".".join(keys), one) for one in typed]
-        elif not is_hub_id:
+        elif not is_no_path:
             holder[keys[-1]] = place(".".join(keys), typed)
     return raw
 
@@ -333,6 +335,8 @@ def _absolute(folder: Path, typed: Any, keys: complaints.Keys, problems: Problem
     """A path as it was typed, taken from the run file's folder; what is no path comes back as it is."""
     if not isinstance(typed, str) or not typed or (keys == ("base", "model") and not _is_path(typed, folder)):
         return typed
+    if is_url(typed) and keys == ("cluster", "storage"):
+        return typed.rstrip("/")
     if "://" in typed:
         problems.add(keys, f"must be a path that every node sees (a mounted directory), got the URL {shown(typed)}")
         return typed

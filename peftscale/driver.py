@@ -15,10 +15,25 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftscale import auth, catalogue, configio, errors, gauges, logs, machine, progress, records, redaction, workers
+from peftscale import (
+    auth,
+    catalogue,
+    configio,
+    errors,
+    gauges,
+    logs,
+    machine,
+    progress,
+    records,
+    redaction,
+    storage,
+    workers,
+)
 from peftscale.config import RunConfig, TaskConfig
 from peftscale.errors import AdapterError, CheckpointError, ClusterError, ConfigError, PeftscaleError, TrainingError
-from peftscale.records import Record, RunSummary, StepRecord
+from peftscale.records import NoteRecord, Record, RunSummary, StepRecord
+
+log = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 80 * 1024**2  # Ray's least; nothing of ours goes through it
 _NOT_RESUMED = {
@@ -44,15 +59,19 @@ def run(cfg: RunConfig, *, resume: bool = False, show: bool = True) -> RunSummar
         raise CheckpointError(f"--resume {cfg.name}: {_NOT_RESUMED[cfg.method]} Start it under another name.")
     if cfg.cluster.max_workers > 0:
         _check_resources(cfg)  # before anything is written
-    made = _open_run_dir(cfg, resume=resume) if is_main else []
+    mirror = storage.Mirror(cfg)
+    made = _open_run_dir(cfg, mirror, resume=resume) if is_main else []
     try:
-        view = progress.followed(cfg.metrics_path, cfg, show=show) if is_main else contextlib.nullcontext()
+        followed = progress.followed(cfg.metrics_path, cfg, show=show, refresh=mirror.follow)
+        view = followed if is_main else contextlib.nullcontext()
         with view:
             return RunSummary.model_validate(_work(cfg, "train", {}))
     except PeftscaleError:
         if made and not any(cfg.run_dir.glob("*/step-*")) and not any(cfg.run_dir.glob("*/best")):
             shutil.rmtree(cfg.run_dir, ignore_errors=True)  # the name stays free for the corrected run
             _remove_empty(made)
+            with contextlib.suppress(PeftscaleError):
+                mirror.remove()
         raise
 
 
@@ -63,6 +82,7 @@ def finished(cfg: RunConfig) -> RunSummary:
         ConfigError: the run under its name is another one.
         PeftscaleError, TrainingError: as `run`.
     """
+    storage.Mirror(cfg).pull()
     stored = cfg.run_dir / "run.json"
     if not stored.exists():
         return run(cfg)
@@ -86,7 +106,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """`analysis.matrix.scores` on the run file's workers."""
     payload = {
-        "directories": [str(path) for path in directories],
+        "directories": [storage.url_of(path) for path in directories],
         "tasks": [task.model_dump_json() for task in tasks],
         "split": split,
         "with_ensemble": with_ensemble,
@@ -102,13 +122,13 @@ def generate(cfg: RunConfig, directories: Sequence[Path], rows: Sequence[Mapping
     """
     if cfg.method != "adapters":
         raise ConfigError(f"method: only adapters answer single inputs, got {cfg.method!r}. Score it with evaluate.")
-    payload = {"directories": [str(path) for path in directories], "rows": [dict(row) for row in rows]}
+    payload = {"directories": [storage.url_of(path) for path in directories], "rows": [dict(row) for row in rows]}
     return _work(cfg, "answers", payload)
 
 
-def adapter_dirs(cfg: RunConfig, given: Sequence[Path] | None) -> list[Path]:
+def adapter_dirs(cfg: RunConfig, given: Sequence[str] | None) -> list[Path]:
     """The adapters that a command works on: those that were named, else the best ones of the run itself. Of a baseline,
-    its best state.
+    its best state. What is in an object store is fetched.
 
     Raises:
         AdapterError: none was named and the run has none.
@@ -119,11 +139,13 @@ def adapter_dirs(cfg: RunConfig, given: Sequence[Path] | None) -> list[Path]:
     if given and len(given) > 1 and cfg.method != "adapters":
         raise ConfigError(f"--adapter: method={cfg.method} is scored one state at a time, got {len(given)}.")
     if given:
-        return [path.absolute() for path in given]
+        return [storage.here(place) for place in given]
     if cfg.method == "adapters":
-        kind, found = "adapter", [cfg.adapters_dir / name / "best" for name in cfg.adapters]
+        adapters_dir = storage.here(f"{cfg.run_url}/adapters") if cfg.run_url else cfg.adapters_dir
+        kind, found = "adapter", [adapters_dir / name / "best" for name in cfg.adapters]
     else:
-        kind, found = f"state of method={cfg.method}", [cfg.run_dir / cfg.method / "best"]
+        of_run = storage.here(f"{cfg.run_url}/{cfg.method}") if cfg.run_url else cfg.run_dir / cfg.method
+        kind, found = f"state of method={cfg.method}", [of_run / "best"]
     missing = [path for path in found if not path.is_dir()]
     if missing:
         raise AdapterError(f"{missing[0]}: no such {kind}. Train the run first, or name one with --adapter.")
@@ -149,7 +171,8 @@ def with_task_of(cfg: RunConfig, directories: Sequence[Path]) -> RunConfig:
 def _tasks_of(cfg: RunConfig, directory: Path) -> tuple[TaskConfig, ...]:
     """What an adapter was trained on, its own task first, where it is the run's own; else the run's task."""
     name = directory.parent.name
-    is_own = directory.parent.parent == cfg.adapters_dir and name in cfg.adapters
+    own = storage.fetched(f"{cfg.run_url}/adapters") if cfg.run_url else cfg.adapters_dir
+    is_own = directory.parent.parent == own and name in cfg.adapters
     return cfg.adapter_tasks(name) if is_own else (cfg.task,)
 
 
@@ -228,23 +251,36 @@ def _work(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[str, Any]:
 
 def _train(cfg: RunConfig, payload: dict[str, Any]) -> dict[str, Any]:
     from peftscale import baselines
-    from peftscale.train import journal, worker
+    from peftscale.train import comm, journal, use, worker
 
     uses_ray, rank = cfg.cluster.max_workers > 0, int(os.environ.get("RANK", "0"))
+    mirror = storage.Mirror(cfg, rank)
 
     def report(step: int) -> None:
+        try:
+            mirror.push()
+        except CheckpointError as error:  # the run is worth more: the next checkpoint, or the end, tries again
+            log.warning(str(error))
+            if rank == 0:
+                records.append(cfg.metrics_path, NoteRecord(step=step, text=str(error)))
         if uses_ray:
             import ray.train
 
             ray.train.report({"step": step})
 
     main = worker.main if cfg.method == "adapters" else baselines.main
-    with logs.kept(cfg.logs_dir, rank) as book:
+    with contextlib.ExitStack() as stack:
+        if cfg.run_url:
+            stack.enter_context(use.session(cfg))
+            comm.together(mirror.pull)  # what rank 0 cannot have, every rank says
+            stack.enter_context(mirror.pushed_at_the_end())
+        book = stack.enter_context(logs.kept(cfg.logs_dir, rank))
         live = gauges.Gauges(cfg.name, rank) if uses_ray else None
 
         def watch(row: Record) -> None:
             if isinstance(row, StepRecord):
                 book.step = row.step
+                mirror.push_rows()
             if live is not None:
                 live.show(row)
 
@@ -256,24 +292,25 @@ def _scores(cfg: RunConfig, payload: dict[str, Any]) -> dict[str, Any]:
     from peftscale.analysis import matrix
 
     tasks = [TaskConfig.model_validate_json(text, strict=True) for text in payload["tasks"]]
-    directories = [Path(path) for path in payload["directories"]]
+    directories = [storage.here(place) for place in payload["directories"]]
     return matrix.scores(cfg, directories, tasks, payload["split"], with_ensemble=payload["with_ensemble"])
 
 
 def _answers(cfg: RunConfig, payload: dict[str, Any]) -> dict[str, Any]:
     from peftscale.train import use
 
-    return use.answers(cfg, [Path(path) for path in payload["directories"]], payload["rows"])
+    return use.answers(cfg, [storage.here(place) for place in payload["directories"]], payload["rows"])
 
 
 _TASKS = {"train": _train, "scores": _scores, "answers": _answers}
 
 
-def _open_run_dir(cfg: RunConfig, *, resume: bool) -> list[Path]:
+def _open_run_dir(cfg: RunConfig, mirror: storage.Mirror, *, resume: bool) -> list[Path]:
     """Make a new run's directory, or look for an old one's. Returns the directories that were made, innermost first."""
     if resume:
+        mirror.pull()
         if not (cfg.run_dir / "run.json").exists():
-            known = sorted(p.parent.name for p in cfg.cluster.storage.glob("*/run.json"))
+            known = mirror.names()
             raise CheckpointError(
                 f"--resume {cfg.name}: no such run in {cfg.cluster.storage}; there is {', '.join(known) or 'none'}."
             )
@@ -281,16 +318,22 @@ def _open_run_dir(cfg: RunConfig, *, resume: bool) -> list[Path]:
         return []
     made = [path for path in (cfg.run_dir, *cfg.run_dir.parents) if not path.exists()]
     try:
+        if mirror.exists():
+            raise FileExistsError
         cfg.run_dir.mkdir(parents=True)
         (cfg.run_dir / "run.json").write_text(cfg.model_dump_json(indent=1))
+        mirror.push()  # whether it can be written is known before anything is held
     except FileExistsError:
+        copy = f" or {cfg.run_dir}, its working copy" if cfg.run_url else ""
         raise ConfigError(
-            f"name: a run {cfg.name!r} exists in {cfg.cluster.storage}. "
+            f"name: a run {cfg.name!r} exists in {cfg.cluster.storage}{copy}. "
             f"Choose another with name=..., or go on with --resume {cfg.name}."
         ) from None
-    except OSError as error:
+    except (OSError, CheckpointError) as error:
         shutil.rmtree(cfg.run_dir, ignore_errors=True)
         _remove_empty(made)
+        if isinstance(error, CheckpointError):
+            raise
         raise ConfigError(
             f"cluster.storage={cfg.cluster.storage} cannot be written: {error.strerror}. Choose another directory, or "
             f"make room."
@@ -320,7 +363,7 @@ def _run_with_ray(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[st
     if started_here:
         _start_ray(ray)
     # A new name each time: Ray resumes what it finds under an old one, and the state to resume is ours.
-    own = cfg.cluster.storage / ".ray" / f"{task}-{uuid.uuid4().hex[:8]}"
+    own = f"{cfg.cluster.storage}/.ray/{task}-{uuid.uuid4().hex[:8]}"
     try:
         workers.refuse_too_few_places(cfg, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         config = {"cfg": configio.dump(cfg), "task": task, "payload": payload}
@@ -328,8 +371,7 @@ def _run_with_ray(cfg: RunConfig, task: str, payload: dict[str, Any]) -> dict[st
     finally:
         if started_here:
             ray.shutdown()
-        shutil.rmtree(own, ignore_errors=True)  # a marker of Ray's; nothing of ours
-        _remove_empty([own.parent])
+        storage.delete(own)  # a marker of Ray's; nothing of ours
 
 
 def _result(value: dict[str, Any]) -> dict[str, Any]:

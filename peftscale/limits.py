@@ -33,11 +33,12 @@ def deep_line(text: str) -> int | None:
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, levels = unfinished.pop()
         elif isinstance(event, yaml.AliasEvent):
-            levels = known.get(event.anchor, 0)
+            levels = known.get(str(event.anchor), 0)
         if anchor is not None:
             known[anchor] = levels
         if len(unfinished) + levels > LEVELS:
-            return int(event.start_mark.line) + 1
+            mark: Any = event.start_mark
+            return int(mark.line) + 1
         of, deepest = unfinished.pop()
         unfinished.append((of, max(deepest, levels + 1)))
     return None

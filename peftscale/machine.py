@@ -15,6 +15,12 @@ import psutil
 _ROOT = Path("/")
 
 
+def cache_dir() -> Path:
+    """Where this package keeps what can be made again: $PEFTSCALE_CACHE, or a place in the user's cache directory."""
+    root = os.environ.get("PEFTSCALE_CACHE")
+    return Path(root) if root else Path.home() / ".cache" / "peftscale"
+
+
 def num_cpus(root: Path = _ROOT) -> int:
     """CPUs that this process may keep busy: its affinity, cut to the quota of its cgroup; at least 1."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

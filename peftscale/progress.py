@@ -32,13 +32,14 @@ Sink = Callable[[Record], None]
 
 
 @contextmanager
-def followed(path: Path, cfg: RunConfig, *, show: bool) -> Iterator[None]:
+def followed(path: Path, cfg: RunConfig, *, show: bool, refresh: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Follow `path` from its present end until the block ends, then read what is left.
 
     Args:
         path: the run's metrics file, which need not exist yet.
         cfg: says how many steps there are and which trackers are fed.
         show: print progress to standard error.
+        refresh: called again and again: whatever makes the file grow, where that is no process of this machine.
 
     Raises:
         ConfigError: a tracker is not installed.
@@ -46,7 +47,7 @@ def followed(path: Path, cfg: RunConfig, *, show: bool) -> Iterator[None]:
     sinks, close = _sinks(cfg, path.parent, show=show)
     start = path.stat().st_size if path.exists() else 0
     stop = threading.Event()
-    thread = threading.Thread(target=_follow, args=(path, start, sinks, stop), daemon=True, name="progress")
+    thread = threading.Thread(target=_follow, args=(path, start, sinks, stop, refresh), daemon=True, name="progress")
     thread.start()
     try:
         yield
@@ -57,10 +58,11 @@ def followed(path: Path, cfg: RunConfig, *, show: bool) -> Iterator[None]:
             end()
 
 
-def _follow(path: Path, at: int, sinks: list[Sink], stop: threading.Event) -> None:
+def _follow(path: Path, at: int, sinks: list[Sink], stop: threading.Event, refresh: Callable[[], None]) -> None:
     is_last = False
     while not is_last:
         is_last = stop.wait(_POLL_S)
+        refresh()
         if not path.exists():
             continue
         with path.open("rb") as file:

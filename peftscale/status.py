@@ -40,8 +40,12 @@ class RunStatus(Row):
     """What ended the ranks that began the last time (`logs.cause`)."""
 
 
-def find(where: Path) -> list[Path]:
+def find(where: Path, *, called: str | None = None) -> list[Path]:
     """The directories of runs: of a run file, a run's directory, or a storage of runs, newest first.
+
+    Args:
+        where: to look.
+        called: what the user calls it, where that is something else.
 
     Raises:
         CheckpointError: there is none.
@@ -54,28 +58,35 @@ def find(where: Path) -> list[Path]:
     else:
         found = sorted((path.parent for path in where.glob("*/run.json")), key=_last_sign, reverse=True)
     if not found:
-        raise CheckpointError(f"{where}: no run there. Name a run file, a run's directory, or a storage of runs.")
+        raise CheckpointError(
+            f"{called or where}: no run there. Name a run file, a run's directory, or a storage of runs."
+        )
     return found
 
 
-def one(where: Path) -> Path:
-    """The directory of one run, of a run file or as it is.
+def one(where: Path, *, called: str | None = None) -> Path:
+    """The directory of one run, of a run file or as it is. Arguments as of `find`.
 
     Raises:
         CheckpointError: there is none, or there are several.
     """
-    found = find(where)
+    found = find(where, called=called)
     if len(found) > 1:
         names = ", ".join(path.name for path in found[:4])
         raise CheckpointError(
-            f"{where}: {len(found)} runs are there ({names}{', ...' if len(found) > 4 else ''}); name one."
+            f"{called or where}: {len(found)} runs are there ({names}{', ...' if len(found) > 4 else ''}); name one."
         )
     return found[0]
 
 
-def ending(directory: Path) -> Callable[[], bool]:
-    """Whether the run has ended or failed, to be asked again and again."""
-    return lambda: of(directory).state in ("ended", "failed")
+def ending(directory: Path, *, refresh: Callable[[], None] = lambda: None) -> Callable[[], bool]:
+    """Whether the run has ended or failed, to be asked again and again. `refresh` brings its files up to date."""
+
+    def has_ended() -> bool:
+        refresh()
+        return of(directory).state in ("ended", "failed")
+
+    return has_ended
 
 
 def of(directory: Path) -> RunStatus:
@@ -94,7 +105,7 @@ def of(directory: Path) -> RunStatus:
     silent = time.time() - _last_sign(directory)
     has_ended = (directory / "summary.json").exists()
     is_going = not has_ended and silent < max(_SILENT_S, 5 * pace)
-    failure = None if has_ended else logs.cause(cfg.logs_dir)
+    failure = None if has_ended else logs.cause(directory / "logs")
     return RunStatus(
         name=cfg.name,
         dir=str(directory),

@@ -1,12 +1,12 @@
 """Object store of runs: `cluster.storage` as a URL, and the directories here that stand for it.
 
-Everything else reads and writes directories. A run's is its working copy, `RunConfig.run_dir`; this module alone knows the
-store, takes a run from it, and brings what is new there. A store cannot rename, so a directory's manifest is written last
-and deleted first: a checkpoint without one does not exist. What commands read of a store is fetched elsewhere, so that
-nothing comes between a run and its working copy.
+Everything else reads and writes directories. A run's is its working copy, `RunConfig.run_dir`; this module alone knows
+the store, takes a run from it, and brings what is new there. A store cannot rename, so a directory's manifest is
+written last and deleted first: a checkpoint without one does not exist. What commands read of a store is fetched
+elsewhere, so that nothing comes between a run and its working copy.
 
-The store is asked through pyarrow's file systems (s3, gs, abfs, hdfs), which come with datasets and are Ray's own. Endpoint,
-region and credentials are those of the environment, as each of these has them; they are never written down.
+The store is asked through pyarrow's file systems (s3, gs, abfs, hdfs), which come with datasets and are Ray's own.
+Endpoint, region and credentials are those of the environment, as each of these has them; they are never written down.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,8 +29,9 @@ from peftscale.errors import CheckpointError, ConfigError
 
 _MANIFEST = "manifest.json"
 _OF_STATUS = ("run.json", "metrics.jsonl", "summary.json")
-_ROWS_EVERY_S = 30.0
+_ROWS_EVERY_S, _READ_EVERY_S = 30.0, 5.0
 _BLOCK = 2**20
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 
 class Store:
@@ -47,7 +48,9 @@ class Store:
         try:
             self._fs, self._root = fs.FileSystem.from_uri(self.url)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{self.url}: no store that can be used ({_first_line(error)}). s3, gs and abfs are.") from error
+            raise ConfigError(
+                f"{self.url}: no store that can be used ({_first_line(error)}). s3, gs and abfs are."
+            ) from error
         self._selector = fs.FileSelector
 
     def files(self, below: str = "") -> dict[str, Any]:
@@ -73,11 +76,10 @@ class Store:
         with self._asked("written"), source.open("rb") as here, self._fs.open_output_stream(self._path(name)) as there:
             shutil.copyfileobj(here, there, _BLOCK)
 
-    def delete(self, names: Iterable[str]) -> None:
-        """Delete files there."""
+    def delete(self, name: str) -> None:
+        """Delete a file there."""
         with self._asked("written"):
-            for name in names:
-                self._fs.delete_file(self._path(name))
+            self._fs.delete_file(self._path(name))
 
     def delete_all(self, below: str = "") -> None:
         """Delete everything below a place there."""
@@ -93,8 +95,8 @@ class Store:
             yield
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"{self.url} cannot be {what}: {_first_line(error)}. Check the bucket, the network, and the endpoint and "
-                f"credentials of the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...)."
+                f"{self.url} cannot be {what}: {_first_line(error)}. Check the bucket, the network, and the endpoint "
+                f"and credentials of the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...)."
             ) from error
 
 
@@ -133,19 +135,24 @@ class Mirror:
         """
         if self._store is None:
             return
-        there = self._store.files()
+        self._here.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._here.with_name(f".{self._here.name}.lock")):
+            self._pull(self._store)
+
+    def _pull(self, store: Store) -> None:
+        there = store.files()
         if self._rank != 0:
             own = f"logs/rank-{self._rank}.jsonl"
             if own in there and not (self._here / own).exists():
-                self._store.read(own, self._here / own)
+                store.read(own, self._here / own)
             return
         is_ahead = not (self._here / "run.json").exists() or _progress(there) > _progress(_local_files(self._here))
         for step in _whole_checkpoints(there):
             if not _is_whole(self._here / step):
-                self._take(step, [name for name in there if name.startswith(f"{step}/")])
+                self._take(store, step, [name for name in there if name.startswith(f"{step}/")])
         for name in there if is_ahead else ():
             if not name.startswith("checkpoints/"):
-                self._store.read(name, self._here / name)
+                store.read(name, self._here / name)
 
     def push(self) -> None:
         """Bring there what is new here: manifests last. Checkpoints that are gone here are deleted there.
@@ -155,21 +162,45 @@ class Mirror:
         """
         if self._store is None:
             return
+        try:
+            self._push(self._store)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error} What the run has made is kept in {self._here}; `--resume {self._cfg.name}` brings it there."
+            ) from error
+        self._rows_at = time.monotonic()
+
+    @contextmanager
+    def pushed_at_the_end(self) -> Iterator[None]:
+        """Bring there what the block has made, also where it fails: why is in the log.
+
+        Raises:
+            CheckpointError: the block ended well and the store does not take it.
+        """
+        try:
+            yield
+        except BaseException:
+            with suppress(CheckpointError):
+                self.push()
+            raise
+        self.push()
+
+    def _push(self, store: Store) -> None:
         here = {name: stamp for name, stamp in _local_files(self._here).items() if self._is_mine(name)}
         changed = [name for name in here if self._there.get(name) != here[name]]
         for name in sorted(changed, key=_manifests_last):
-            self._store.write(name, self._here / name)
+            store.write(name, self._here / name)
             self._there[name] = here[name]
         if self._rank == 0:
-            gone = {f"checkpoints/{PurePosixPath(name).parts[1]}" for name in self._store.files("checkpoints")}
-            for step in sorted(gone - {f"checkpoints/{PurePosixPath(n).parts[1]}" for n in here if n.startswith("checkp")}):
-                self._store.delete(name for name in (f"{step}/{_MANIFEST}",) if name in self._store.files(step))
-                self._store.delete_all(step)
-        self._rows_at = time.monotonic()
+            there = store.files("checkpoints")
+            for step in sorted(_steps(there) - _steps(here)):
+                if f"{step}/{_MANIFEST}" in there:
+                    store.delete(f"{step}/{_MANIFEST}")
+                store.delete_all(step)
 
     def push_rows(self) -> None:
-        """Bring the rows and the log of rank 0 there, twice a minute at most: for who watches elsewhere. A store that does
-        not answer is left alone until the next checkpoint, which says so."""
+        """Bring the rows and the log of rank 0 there, twice a minute at most: for who watches elsewhere. A store that
+        does not answer is left alone until the next checkpoint, which says so."""
         if self._store is None or self._rank != 0 or time.monotonic() - self._rows_at < _ROWS_EVERY_S:
             return
         self._rows_at = time.monotonic()
@@ -182,13 +213,14 @@ class Mirror:
 
     def follow(self) -> None:
         """Take over rows and logs of ranks on other machines, where these are longer there than here."""
-        if self._store is None or time.monotonic() - self._rows_at < _ROWS_EVERY_S / 6:
+        if self._store is None or time.monotonic() - self._rows_at < _READ_EVERY_S:
             return
         self._rows_at = time.monotonic()
         here = _local_files(self._here)
-        for name, info in self._store.files().items():
-            if name.endswith(".jsonl") and info.size > here.get(name, (0, 0))[0]:
-                self._store.read(name, self._here / name)
+        with suppress(CheckpointError):  # the run itself says so
+            for name, info in self._store.files().items():
+                if name.endswith(".jsonl") and info.size > here.get(name, (0, 0))[0]:
+                    self._store.read(name, self._here / name)
 
     def remove(self) -> None:
         """Delete the run there, if the store lets us."""
@@ -200,20 +232,31 @@ class Mirror:
             return name == f"logs/rank-{self._rank}.jsonl"
         return self._rank == 0
 
-    def _take(self, step: str, names: Iterable[str]) -> None:
+    def _take(self, store: Store, step: str, names: Iterable[str]) -> None:
         """One checkpoint from there, in the place of what stands here under its name."""
-        assert self._store is not None
         target = self._here / step
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         for name in names:
-            self._store.read(name, partial / PurePosixPath(name).name)
+            store.read(name, partial / PurePosixPath(name).name)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
 
 
+def delete(place: str) -> None:
+    """Delete a directory of a storage, and the one that holds it where nothing else is in it. What cannot be deleted
+    stays."""
+    if is_url(place):
+        with suppress(CheckpointError):
+            Store(place).delete_all()
+        return
+    shutil.rmtree(place, ignore_errors=True)
+    with suppress(OSError):
+        Path(place).parent.rmdir()
+
+
 def here(place: str | Path) -> Path:
-    """A directory of a storage on this machine, fetched now where `place` is a URL. Each node of a run does it for itself.
+    """A directory of a storage on this machine, fetched now where `place` is a URL. Each node does it for itself.
 
     Raises:
         CheckpointError: the store does not answer.
@@ -261,12 +304,14 @@ class View:
             url = configio.load(where).run_url
         self.directory = copy if url is not None else Path(where)
         self._store = None if url is None else Store(url)
+        self._read_at = float("-inf")
         self.refresh()
 
     def refresh(self) -> None:
-        """Read it again."""
-        if self._store is None:
+        """Read a store again, if that was not done just now."""
+        if self._store is None or time.monotonic() - self._read_at < _READ_EVERY_S:
             return
+        self._read_at = time.monotonic()
         there = self._store.files()
         for name, info in there.items():
             path, parts = self.directory / name, PurePosixPath(name).parts
@@ -312,6 +357,12 @@ def _manifests_last(name: str) -> tuple[int, str]:
     return {_MANIFEST: 1, "peftscale.json": 1, "summary.json": 2}.get(PurePosixPath(name).name, 0), name
 
 
+def _steps(files: Iterable[str]) -> set[str]:
+    """checkpoints/step-N of every checkpoint that has a file."""
+    parts = [PurePosixPath(name).parts for name in files]
+    return {f"checkpoints/{p[1]}" for p in parts if p[0] == "checkpoints" and len(p) > 2}
+
+
 def _whole_checkpoints(files: Mapping[str, Any]) -> list[str]:
     """checkpoints/step-N of those that have a manifest, as a run's files tell."""
     parts = [PurePosixPath(name).parts for name in files]
@@ -338,4 +389,8 @@ def _seconds(mtime: datetime | None) -> float:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Without the endpoint, which is the environment's and is written nowhere."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].split("; Details:")[0]
+    for variable in _ENDPOINTS:
+        line = line.replace(os.environ.get(variable) or variable, variable)
+    return line

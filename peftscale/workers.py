@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from peftscale import logs
@@ -78,7 +77,7 @@ def refuse_too_few_places(cfg: RunConfig, nodes: Sequence[Mapping[str, float]]) 
         )
 
 
-def run(cfg: RunConfig, work: Callable[[dict[str, Any]], dict[str, Any]], config: dict[str, Any], *, own: Path) -> Any:
+def run(cfg: RunConfig, work: Callable[[dict[str, Any]], dict[str, Any]], config: dict[str, Any], *, own: str) -> Any:
     """Let every worker do `work(config)`, again and again from the start where one of them dies, up to
     `cluster.retries` times.
 
@@ -86,7 +85,7 @@ def run(cfg: RunConfig, work: Callable[[dict[str, Any]], dict[str, Any]], config
         cfg: the run.
         work: found by its name in the workers' own processes.
         config: its argument.
-        own: a directory for Ray itself, in the storage. Its name is used once: Ray resumes what it finds.
+        own: a place for Ray itself, in the storage. Its name is used once: Ray resumes what it finds.
 
     Returns:
         What rank 0's `work` returned.
@@ -114,8 +113,8 @@ def run(cfg: RunConfig, work: Callable[[dict[str, Any]], dict[str, Any]], config
             },
         ),
         run_config=RayRunConfig(
-            name=own.name,
-            storage_path=str(own.parent),
+            name=own.rpartition("/")[2],
+            storage_path=own.rpartition("/")[0],
             failure_config=FailureConfig(max_failures=cluster.retries),
         ),
         torch_config=TorchConfig(

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -27,13 +28,14 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-from peftscale import facts
+from peftscale import facts, machine
 from peftscale.base.linear import pack_weight
 from peftscale.base.skeleton import Entry, Skeleton
 from peftscale.config import Quantization
 from peftscale.errors import ModelError
 
 FORMAT = 1
+_STALE_S = 3600.0
 WEIGHTS, MANIFEST = "base.safetensors", "manifest.json"
 _DTYPE_NAMES = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float32: "F32"}
 
@@ -131,8 +133,7 @@ class PackedBase:
 
 def cache_dir() -> Path:
     """Where packs are kept: $PEFTSCALE_CACHE, or the user's cache directory."""
-    root = os.environ.get("PEFTSCALE_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "peftscale") / "packs"
+    return machine.cache_dir() / "packs"
 
 
 def cached(model_dir: Path, *, quantization: Quantization, compute_dtype: torch.dtype) -> Path:
@@ -154,6 +155,7 @@ def ensure(model_dir: Path, skeleton: Skeleton, *, quantization: Quantization, c
         directory.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{directory}.lock"):
             if not (directory / MANIFEST).exists():
+                _clear(directory)
                 write(
                     skeleton,
                     SafetensorsSource(model_dir),
@@ -225,11 +227,30 @@ def write(
             "source_sha256": hashes,
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
-        os.rename(temporary, directory)
+        _put(temporary, directory)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return digest
+
+
+def _clear(directory: Path) -> None:
+    """Remove what packers that were killed left, and what stands in the place of a pack and is none."""
+    shutil.rmtree(directory, ignore_errors=True)
+    for left in directory.parent.glob(f".{directory.name}-*"):
+        # One that is at work elsewhere, where this lock is not seen, writes all the time.
+        if time.time() - max(path.stat().st_mtime for path in (left, *left.iterdir())) > _STALE_S:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _put(temporary: Path, directory: Path) -> None:
+    """Rename what was packed into place. Where a machine whose lock is not seen here was faster, its pack stays."""
+    try:
+        os.rename(temporary, directory)
+    except OSError:
+        if not (directory / MANIFEST).exists():
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_dense(skeleton: Skeleton, source: Source, name: str) -> Tensor:

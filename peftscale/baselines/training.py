@@ -282,14 +282,12 @@ def _save(job: Job) -> None:
 
 def _take_over(job: Job) -> bool:
     """Go on from the newest checkpoint, if there is one. Rank 0 looks for all."""
-    root, journal = job.cfg.checkpoints_dir, job.journal
-    seen = comm.together(
-        lambda: checkpoint.newest(root, note=lambda text: journal.note(0, text)) if comm.rank() == 0 else None
-    )
-    found = comm.gather_objects(seen)[0]
-    if found is None:
+    journal = job.journal
+    whole = checkpoint.newest_of_rank_0(job.cfg.checkpoints_dir, note=lambda text: journal.note(0, text))
+    if whole is None:
         return False
-    content, tensors, moments = comm.together(lambda: checkpoint.read(found, job.identity))
+    found, files = whole
+    content, tensors, moments = comm.together(lambda: checkpoint.read(found, job.identity, files))
     saved = content["progress"][job.cfg.method]
     job.progress = AdapterProgress(cursor=Cursor(**saved.pop("cursor")), **saved)
     job.seconds, job.num_skipped = content["seconds"], content["num_skipped"]

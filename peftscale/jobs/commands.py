@@ -115,19 +115,20 @@ def _followed(cluster: "Cluster", run: "Package") -> "Submitted":
 
 @app.command()
 def status(
-    where: Annotated[Path, typer.Argument(help="A run file, a run's directory, or a storage of runs.")],
+    where: Annotated[str, typer.Argument(help="A run file, a run's directory or URL, or a storage of runs.")],
     as_json: AsJson = False,
 ) -> None:
     """Say how runs stand, from their files: it works while they run, wherever that is."""
-    from peftscale import report
+    from peftscale import report, storage
     from peftscale import status as runs
 
     found, unread = [], []
-    for directory in runs.find(where):
-        try:
-            found.append(runs.of(directory).model_dump(mode="json"))
-        except PeftscaleError as error:
-            unread.append(f"{directory}: {error}")
+    with storage.viewed(where) as view:
+        for directory in runs.find(view.directory, called=where):
+            try:
+                found.append(runs.of(directory).model_dump(mode="json") | {"dir": view.name_of(directory)})
+            except PeftscaleError as error:
+                unread.append(f"{view.name_of(directory)}: {error}")
     if not found:
         raise CheckpointError("\n".join(unread))
     for line in unread:
@@ -140,7 +141,7 @@ def status(
 
 @app.command()
 def logs(
-    where: Annotated[Path, typer.Argument(help="A run file or a run's directory.")],
+    where: Annotated[str, typer.Argument(help="A run file, or a run's directory or URL.")],
     rank: Annotated[list[int] | None, typer.Option(help="Of this rank; repeatable. Left out: of all.")] = None,
     level: Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="And what is above it.")] = "info",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends or Ctrl-C.")] = False,
@@ -149,7 +150,10 @@ def logs(
     """Print what the ranks of a run logged, in the order of time; --json: a JSON object a line."""
     from peftscale import logs as files
     from peftscale import status as runs
+    from peftscale import storage
 
-    directory = runs.one(where)
-    for line in files.follow(directory / "logs", rank or [], level, until=runs.ending(directory) if follow else None):
-        print(line.model_dump_json() if as_json else line.text(), flush=True)
+    with storage.viewed(where) as view:
+        directory = runs.one(view.directory, called=where)
+        until = runs.ending(directory, refresh=view.refresh) if follow else None
+        for line in files.follow(directory / "logs", rank or [], level, until=until):
+            print(line.model_dump_json() if as_json else line.text(), flush=True)

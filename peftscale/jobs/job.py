@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import yaml
 
 from peftscale import __version__, configio, redaction
+from peftscale.config import is_url
 from peftscale.deploy_config import DeployConfig, SharedDir
 from peftscale.errors import ConfigError
 
@@ -109,6 +110,11 @@ def of(path: Path, overrides: Sequence[str], target: str) -> Job:
             f"cluster.workers={most} is no multiple of cluster.deploy.workers_per_node={each}, so that "
             f"GPUs of the last node would be paid for and idle. Take {most // each * each} or "
             f"{(most // each + 1) * each} workers, or other nodes."
+        )
+    if is_url(cluster.storage) and target in ON_THIS_FILE_SYSTEM:
+        raise ConfigError(
+            f"cluster.storage={cluster.storage}: --target {target} keeps the run file there, where every node "
+            f"reads it; give a directory that all nodes see."
         )
     place = here if target in ON_THIS_FILE_SYSTEM else Place(deploy.shared if deploy else None, target)
     raw = standing_alone(path, overrides, place)

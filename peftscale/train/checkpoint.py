@@ -23,6 +23,7 @@ from torch import Tensor
 from peftscale.adapters import Cohort, directory
 from peftscale.data.batches import Cursor
 from peftscale.errors import CheckpointError
+from peftscale.train import comm
 from peftscale.train.optim import AdapterOptimizer
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ FORMAT = 3
 _MANIFEST, _STATE, _ADAPTERS, _MOMENTS = "manifest.json", "state.json", "adapters.safetensors", "optimizer.safetensors"
 
 
+Whole = tuple[Path, dict[str, bytes]]
+"""A checkpoint and the content of its files, which were compared with the manifest."""
 Outcome = Literal["finished", "stopped early", "failed"]
 
 
@@ -159,7 +162,7 @@ def write_(
 def newest(root: Path, *, note: Callable[[str], None] = log.warning) -> Path | None:
     """The newest checkpoint under `root` that is whole, or None where there is none to go on from.
 
-    In a run rank 0 alone looks, and tells the others: two ranks may see a shared directory at different moments.
+    In a run rank 0 alone looks: `newest_of_rank_0`.
 
     Args:
         root: the run's checkpoints.
@@ -186,8 +189,25 @@ def newest(root: Path, *, note: Callable[[str], None] = log.warning) -> Path | N
     return None
 
 
-def take_over_(state: State, path: Path, identity: Identity) -> int:
-    """Change `state`, as the run began, into that of a checkpoint. Every rank calls it with the same path.
+def newest_of_rank_0(root: Path, *, note: Callable[[str], None]) -> Whole | None:
+    """What rank 0 finds as `newest`, read by it alone and given to every rank: others may see other files, or none.
+
+    Raises:
+        CheckpointError: as `newest`, on every rank.
+    """
+
+    def look() -> Whole | None:
+        path = newest(root, note=note) if comm.rank() == 0 else None
+        return None if path is None else (path, _verified(path))
+
+    return comm.from_rank_0(comm.together(look))
+
+
+def take_over_(state: State, path: Path, identity: Identity, files: dict[str, bytes] | None = None) -> int:
+    """Change `state`, as the run began, into that of a checkpoint. Every rank calls it with the same one.
+
+    Args:
+        files: what it holds, where that was read already.
 
     Returns:
         The ranks that wrote it.
@@ -195,18 +215,20 @@ def take_over_(state: State, path: Path, identity: Identity) -> int:
     Raises:
         CheckpointError: it is not whole, or belongs to another base or another run file.
     """
-    content, tensors, moments = read(path, identity)
+    content, tensors, moments = read(path, identity, files)
     _take_over(state, content, tensors, moments)
     return int(content["world_size"])
 
 
-def read(path: Path, identity: Identity) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+def read(
+    path: Path, identity: Identity, files: dict[str, bytes] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     """Values, tensors and moments that `write_` was given; torch's random state is set to what it was.
 
     Raises:
         CheckpointError: it is not whole, or belongs to another base or another run file.
     """
-    files = _verified(path)
+    files = _verified(path) if files is None else files
     content = json.loads(files[_STATE])
     _refuse_other_run(path, content, identity)
     torch.random.set_rng_state(torch.tensor(content["torch_rng"], dtype=torch.uint8))

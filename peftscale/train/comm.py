@@ -258,6 +258,16 @@ def together(work: Callable[[], T]) -> T:
     return cast(T, value)
 
 
+def from_rank_0(value: T) -> T:
+    """Rank 0's value on every rank, whatever its size. Not for training steps."""
+    if world_size() == 1:
+        return value
+    told = [value if rank() == 0 else None]
+    with labelled("control"):
+        dist.broadcast_object_list(told, src=0)
+    return cast(T, told[0])
+
+
 def expected_world_size() -> int:
     """Ranks of the run, also before there is a process group: torchrun and Ray say so in the environment."""
     return world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))

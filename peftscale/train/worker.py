@@ -118,13 +118,11 @@ def open_job(
 
 def _begin(job: Job) -> None:
     """Take over the newest checkpoint, and say what should be known before the first step."""
-    root = job.cfg.checkpoints_dir
-    seen = comm.together(
-        lambda: checkpoint.newest(root, note=lambda text: _note(job, text)) if comm.rank() == 0 else None
-    )
-    found = comm.gather_objects(seen)[0]
-    if found is not None:
-        before, now = comm.together(lambda: checkpoint.take_over_(job.state, found, job.identity)), comm.world_size()
+    whole = checkpoint.newest_of_rank_0(job.cfg.checkpoints_dir, note=lambda text: _note(job, text))
+    if whole is not None:
+        found, content = whole
+        before = comm.together(lambda: checkpoint.take_over_(job.state, found, job.identity, content))
+        now = comm.world_size()
         _note(job, f"goes on from {found.name}" + (f", on {now} rank(s) where there were {before}" * (now != before)))
         return
     for name, mixture in job.tasks.items():

@@ -38,7 +38,7 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before_and_ends_bi
     (run_dir / "summary.json").unlink()
     checkpoints, undisturbed = run_dir / "checkpoints", calm.checkpoints_dir
     damage(checkpoints / "step-6" / file)
-    run_file = calm.cluster.storage.parent / "run.json"
+    run_file = calm.cluster.runs_dir.parent / "run.json"
     done = commands.run("train", run_file, f"cluster.storage={tmp_path / 'runs'}", "--resume", "tiny")
     assert done.code == 0, done.err
     notes = [row.text for row in records.read(run_dir / "metrics.jsonl") if isinstance(row, NoteRecord)]

@@ -1,8 +1,11 @@
 """Packs: the digest names the original weights, a pack is made once, and a wrong or damaged one is refused."""
 
+import contextlib
 import json
 import multiprocessing
 import os
+import signal
+import time
 from collections.abc import Mapping
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -139,6 +142,90 @@ def test_two_processes_that_ask_at_once_pack_once_and_later_ones_not_at_all(
     assert [path.name for path in pack.cache_dir().iterdir() if path.is_dir()] == [directory.name]
     assert pack.ensure(model_dir, _skeleton(model_dir), quantization="nf4", compute_dtype=torch.float32) == directory
     assert (directory / pack.MANIFEST).stat().st_mtime_ns == made.st_mtime_ns
+
+
+def _die_in_the_middle(model_dir: Path, cache: Path, together: Barrier) -> None:
+    """One process that is killed while it packs, when the other one waits for it."""
+    os.environ["PEFTSCALE_CACHE"] = str(cache)
+    really, reads = pack.SafetensorsSource.read, []
+
+    def read(self: pack.SafetensorsSource, name: str) -> Tensor:
+        reads.append(name)
+        if len(reads) == 7:
+            together.wait(60)
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return really(self, name)
+
+    pack.SafetensorsSource.read = read  # type: ignore[method-assign]
+    pack.ensure(model_dir, _skeleton(model_dir), quantization="nf4", compute_dtype=torch.float32)
+
+
+def _wait_and_load(model_dir: Path, cache: Path, together: Barrier) -> None:
+    os.environ["PEFTSCALE_CACHE"] = str(cache)
+    built = _skeleton(model_dir)
+    together.wait(60)
+    directory = pack.ensure(model_dir, built, quantization="nf4", compute_dtype=torch.float32)
+    PackedBase(directory).check(built, "nf4", pack.config_sha256(model_dir))
+
+
+def _unlocked(model_dir: Path, cache: Path, together: Barrier) -> None:
+    """On a file system whose locks other machines do not see: both pack, and both are done at the same moment."""
+    os.environ["PEFTSCALE_CACHE"] = str(cache)
+    pack.FileLock = contextlib.nullcontext  # type: ignore[misc,assignment]
+    put = pack._put
+
+    def put_together(temporary: Path, directory: Path) -> None:
+        together.wait(60)
+        put(temporary, directory)
+
+    pack._put = put_together
+    built = _skeleton(model_dir)
+    directory = cache / "packs" / "same"
+    pack.write(built, pack.SafetensorsSource(model_dir), directory, quantization="nf4", config_sha256="x")
+    PackedBase(directory).check(built, "nf4", "x")
+
+
+@pytest.mark.parametrize(
+    ("works", "codes"),
+    [((_die_in_the_middle, _wait_and_load), [-signal.SIGKILL, 0]), ((_unlocked, _unlocked), [0, 0])],
+    ids=["a packer is killed", "locks are not seen"],
+)
+def test_two_processes_leave_one_whole_pack_whatever_happens_to_one_of_them(
+    tmp_path: Path, works: tuple[Any, Any], codes: list[int]
+) -> None:
+    model_dir, cache = tiny.save_base(tmp_path / "base", _CONFIG), tmp_path / "cache"
+    cache.mkdir()
+    multiprocessing.set_forkserver_preload(["peftscale.train.worker", "peftscale.base.shard"])
+    context = multiprocessing.get_context("forkserver")
+    together = context.Barrier(2)
+    processes = [context.Process(target=work, args=(model_dir, cache, together)) for work in works]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == codes
+    (made,) = [path for path in (cache / "packs").iterdir() if path.is_dir() and not path.name.startswith(".")]
+    alone = _pack(model_dir, tmp_path / "alone")
+    assert (made / pack.WEIGHTS).read_bytes() == (tmp_path / "alone" / pack.WEIGHTS).read_bytes()
+    assert PackedBase(made).digest == alone.digest
+
+
+def test_what_stands_in_the_place_of_a_pack_and_what_killed_packers_left_is_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEFTSCALE_CACHE", str(tmp_path / "cache"))
+    model_dir = tiny.save_base(tmp_path / "base", _CONFIG)
+    directory = pack.cached(model_dir, quantization="nf4", compute_dtype=torch.float32)
+    old, at_work = (directory.with_name(f".{directory.name}-{end}") for end in ("old", "at-work"))
+    for left in (directory, old, at_work):
+        left.mkdir(parents=True)
+        (left / pack.WEIGHTS).write_bytes(b"half")
+    for path in (old / pack.WEIGHTS, old):
+        os.utime(path, (time.time() - 7200, time.time() - 7200))
+    assert pack.ensure(model_dir, _skeleton(model_dir), quantization="nf4", compute_dtype=torch.float32) == directory
+    assert PackedBase(directory).digest == _pack(model_dir, tmp_path / "alone").digest
+    assert {path.name for path in pack.cache_dir().iterdir() if path.is_dir()} == {directory.name, at_work.name}
 
 
 def test_changed_weights_another_quantisation_and_another_dtype_get_packs_of_their_own(

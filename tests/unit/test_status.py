@@ -82,7 +82,7 @@ def test_where_no_run_is_both_commands_say_so(tmp_path: Path) -> None:
 
 def test_a_run_of_another_version_does_not_hide_the_others(tmp_path: Path) -> None:
     cfg = _ran(tmp_path)
-    other = cfg.cluster.storage / "other"
+    other = cfg.cluster.runs_dir / "other"
     other.mkdir()
     (other / "run.json").write_text('{"name": "other"}')
     done = commands.run("status", cfg.cluster.storage, "--json")
