@@ -385,8 +385,8 @@ def _expand(raw: dict[str, Any], problems: Problems) -> None:
     """Replace each adapter with lists among its values by the product of them, in place, in the order of the file.
 
     `sst2: {length: [1, 5], seed: [0, 1]}` becomes sst2-p1-s0, sst2-p1-s1, sst2-p5-s0 and sst2-p5-s1; a list of one
-    value is that value and leaves the name alone. Where `init` varies, `init_text` and `init_labels` go to those
-    adapters alone that start from them.
+    value is that value and leaves the name alone. Where `init` or `reparam` varies, `init_text` and the like and
+    `reparam_hidden_size` go to those adapters alone that use them.
     """
     typed = raw.get("adapters")
     if not isinstance(typed, dict):
@@ -432,16 +432,28 @@ def _product(name: str, adapter: dict[str, Any], problems: Problems) -> list[tup
     for values in itertools.product(*lists.values()):
         settings = {**adapter, **({"train": {**train}} if isinstance(train, dict) else {})}
         new = name
-        for (keys, among), value in zip(lists.items(), values, strict=True):
+        for keys, value in zip(lists, values, strict=True):
             (settings if len(keys) == 1 else settings["train"])[keys[-1]] = value
-            if len(among) > 1:
+        unused = _unused(settings, lists)
+        settings = {key: value for key, value in settings.items() if key not in unused}
+        for (keys, among), value in zip(lists.items(), values, strict=True):
+            if len(among) > 1 and keys[0] not in unused:
                 new += f"-{_named(keys[-1], value, among)}"
-        if len(lists.get(("init",), ())) > 1:
-            for key in ("text", "labels", "adapter"):
-                if settings["init"] != key:
-                    settings.pop(f"init_{key}", None)
-        found.append((new, settings))
+        if (new, settings) not in found:  # a value of a key that is not used makes no other adapter
+            found.append((new, settings))
     return found
+
+
+def _unused(settings: dict[str, Any], lists: dict[tuple[str, ...], list[Any]]) -> set[str]:
+    """Keys that belong to another start, or to another network, than this adapter of a product has."""
+    unused = set[str]()
+    if len(lists.get(("init",), ())) > 1:
+        unused |= {f"init_{key}" for key in ("text", "labels", "adapter") if settings["init"] != key}
+        if settings.get("kind") == "prompt" and settings["init"] in ("random", "text", "adapter"):
+            unused.add("init_top")
+    if len(lists.get(("reparam",), ())) > 1 and settings["reparam"] == "none":
+        unused.add("reparam_hidden_size")
+    return unused
 
 
 def _named(key: str, value: Any, among: Sequence[Any]) -> str:

@@ -132,21 +132,23 @@ def adapter_dirs(cfg: RunConfig, given: Sequence[str] | None) -> list[Path]:
 
     Raises:
         AdapterError: none was named and the run has none.
-        ConfigError: several were named, and the run's method is a baseline.
+        ConfigError: several were named, and the run's method is a baseline; or prompt design, which keeps no state.
     """
+    if cfg.method == "few_shot":
+        raise ConfigError("method: 'few_shot' trains nothing that could be used again; `peftscale train` scores it.")
     if given and len(given) > 1 and cfg.method != "adapters":
         raise ConfigError(f"--adapter: method={cfg.method} is scored one state at a time, got {len(given)}.")
     if given:
         return [storage.here(place) for place in given]
-    if cfg.method != "adapters":
-        raise AdapterError(f"method={cfg.method}: such a run makes no adapter. Name those you mean with --adapter.")
-    adapters_dir = storage.here(f"{cfg.run_url}/adapters") if cfg.run_url else cfg.adapters_dir
-    found = [adapters_dir / name / "best" for name in cfg.adapters]
-    if cfg.method != "adapters":
-        found = [cfg.run_dir / cfg.method / "best"]
+    if cfg.method == "adapters":
+        adapters_dir = storage.here(f"{cfg.run_url}/adapters") if cfg.run_url else cfg.adapters_dir
+        kind, found = "adapter", [adapters_dir / name / "best" for name in cfg.adapters]
+    else:
+        of_run = storage.here(f"{cfg.run_url}/{cfg.method}") if cfg.run_url else cfg.run_dir / cfg.method
+        kind, found = f"state of method={cfg.method}", [of_run / "best"]
     missing = [path for path in found if not path.is_dir()]
     if missing:
-        raise AdapterError(f"{missing[0]}: no such adapter. Train the run first, or name one with --adapter.")
+        raise AdapterError(f"{missing[0]}: no such {kind}. Train the run first, or name one with --adapter.")
     return found
 
 

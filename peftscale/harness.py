@@ -284,8 +284,12 @@ class AdapterLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             return {} if self.adapter is None else {_NAME: self.adapter.folded()}
 
     def _item(self, index: int, ids: Ids, target_ids: Ids, num_new_tokens: int = 0) -> Item:
-        name, length = (BASE_ALONE, 0) if self.adapter is None else (_NAME, self.adapter.num_positions)
-        return Item(name, length, Example(index, ids, target_ids, None, ""), target_ids, num_new_tokens=num_new_tokens)
+        example = Example(index, ids, target_ids, None, "", has_sides=self.base.is_encoder_decoder)
+        if self.adapter is None:
+            return Item(BASE_ALONE, 0, example, target_ids, num_new_tokens=num_new_tokens)
+        num = self.adapter.num_positions
+        of_decoder = num - self.adapter.length
+        return Item(_NAME, num, example, target_ids, num_new_tokens=num_new_tokens, decoder_length=of_decoder)
 
     def _computed(
         self, items: Sequence[Item], compute: Callable[[Sequence[Item]], Iterable[tuple[int, T]]], *, is_packed: bool

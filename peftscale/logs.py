@@ -29,8 +29,10 @@ _START_S = 600.0
 """Ranks of one group begin within it."""
 _ABOUT_OTHERS = re.compile(
     r": rank \d+: |gloo/|NCCL|Connection (closed|reset) by peer|DistBackendError|CollectiveTimeoutError"
+    r"|process group|DeepSpeed backend not set"
 )
-"""In the error of a rank that another one has left, or that was told of another one's error."""
+"""In the error of a rank that another one has left, that was told of another one's error, or whose group Ray has taken
+down while it was still at work, because another one had left."""
 
 
 class LogLine(Row):

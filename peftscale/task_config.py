@@ -84,20 +84,29 @@ class TaskConfig(Frozen):
     @model_validator(mode="after")
     def one_source(self) -> Self:
         if (self.files is None) == (self.hub is None):
-            raise ValueError("files, hub: exactly one of the two must be given")
+            got = "neither" if self.files is None else "both"
+            raise ValueError(f"files, hub: exactly one of the two must be given, got {got}")
         return self
 
     @model_validator(mode="after")
     def keys_belong_together(self) -> Self:
         if self.labels is None:
             if "reference" in self.each:
-                raise ValueError("each: reference is the name of one of `references`; choose another")
+                raise ValueError(
+                    f"each: reference is the name of one of `references`; choose another for {self.each['reference']!r}"
+                )
         elif len(self.labels) < 2 or len(set(self.labels.values())) != len(self.labels):
             raise ValueError(f"labels: need at least two different words, got {list(self.labels.values())}")
         elif self.references is not None or self.target_holds is not None:
-            raise ValueError("references, target_holds: belong to a text that is generated, and this task has labels")
+            raise ValueError(
+                f"references, target_holds: belong to a text that is generated, and this task has the labels "
+                f"{', '.join(self.labels)}; got references={self.references!r}, target_holds={self.target_holds!r}"
+            )
         if (self.target_holds is not None) != ("referent_accuracy" in self.metrics):
-            raise ValueError("metrics: referent_accuracy needs target_holds, and target_holds needs it")
+            raise ValueError(
+                f"metrics: referent_accuracy needs target_holds, and target_holds needs it; got "
+                f"{', '.join(self.metrics)} and target_holds={self.target_holds!r}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -112,7 +121,10 @@ class TaskConfig(Frozen):
         if "f1" in self.metrics and self.labels is not None and len(self.labels) != 2:
             raise ValueError(f"metrics: f1 needs two labels, got {len(self.labels)}; macro_f1 takes any number")
         if "group_exact_match" in self.metrics and self.group is None:
-            raise ValueError("metrics: group_exact_match needs `group`, which says what belongs together")
+            raise ValueError(
+                f"metrics: group_exact_match needs `group`, which says what belongs together; got "
+                f"{', '.join(self.metrics)} and no group"
+            )
         if len(set(self.metrics)) != len(self.metrics) or ("mean" in self.metrics and len(self.metrics) < 3):
             raise ValueError(f"metrics: each once, and mean beside two others at least; got {', '.join(self.metrics)}")
         return self

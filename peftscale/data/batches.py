@@ -18,7 +18,7 @@ import itertools
 import math
 import zlib
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +27,9 @@ import numpy.typing as npt
 from peftscale.config import Loss
 from peftscale.data.tasks import Example
 from peftscale.data.tokens import Ids
+
+Permutation = Callable[[int, int, int, int], npt.NDArray[np.int64]]
+"""Seed, epoch, number of examples and stream -> the order of that epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,21 +68,45 @@ class Item:
     """Which of the (adapter, task) pairs of an evaluation it belongs to."""
     among: Ids = ()
     """The tokens of all labels, where the loss is that of one among them."""
+    decoder_length: int = 0
+    """How many of the virtual tokens stand in front of what a decoder beside an encoder reads."""
 
     @property
     def num_tokens(self) -> int:
         """Length of the row at its longest: virtual tokens, input, target, generated."""
-        return self.prompt_length + len(self.example.input_ids) + len(self.target_ids) + self.num_new_tokens
+        return sum(self.sides)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Of these what the encoder reads and what the decoder does; all and none where the base has no two sides."""
+        in_front = self.prompt_length - self.decoder_length + len(self.example.input_ids)
+        behind = self.decoder_length + len(self.target_ids) + self.num_new_tokens
+        return (in_front, behind) if self.example.has_sides else (in_front + behind, 0)
 
 
-def indices(seed: int, start: int, stop: int, *, num_examples: int, stream: int = 0) -> tuple[int, ...]:
-    """The examples at the positions start .. stop-1 of an endless order of `seed`; each stream is another order."""
+@functools.lru_cache(maxsize=64)  # shared by those of one seed; who walks through an order keeps it (`mixtures`)
+def permutation(seed: int, epoch: int, num_examples: int, stream: int) -> npt.NDArray[np.int64]:
+    """The order of one epoch, (num_examples,). Shared by its callers: read only."""
+    key = np.array([seed % 2**64, epoch], dtype=np.uint64)
+    counter = np.array([0, 0, 0, stream], dtype=np.uint64)  # the highest word: no stream runs into another
+    order = np.argsort(np.random.Philox(key=key, counter=counter).random_raw(num_examples), kind="stable")
+    order.setflags(write=False)
+    return order
+
+
+def indices(
+    seed: int, start: int, stop: int, *, num_examples: int, stream: int = 0, kept: Permutation = permutation
+) -> tuple[int, ...]:
+    """The examples at the positions start .. stop-1 of an endless order of `seed`; each stream is another order.
+
+    `kept` is `permutation` with a cache of the caller's.
+    """
     assert num_examples > 0
     taken: list[int] = []
     while start < stop:
         epoch, first = divmod(start, num_examples)
         last = min(num_examples, first + stop - start)
-        taken.extend(_permutation(seed, epoch, num_examples, stream)[first:last].tolist())
+        taken.extend(kept(seed, epoch, num_examples, stream)[first:last].tolist())
         start += last - first
     return tuple(taken)
 
@@ -94,7 +121,7 @@ def checksum(items: Iterable[Item]) -> int:
 
 
 def training_items(
-    adapter: str, prompt_length: int, examples: Iterable[Example], *, loss: Loss = "vocabulary"
+    adapter: str, prompt_length: int, examples: Iterable[Example], *, loss: Loss = "vocabulary", decoder_length: int = 0
 ) -> list[Item]:
     """Each example with its own target: for a step, or for the loss over a split."""
     return [
@@ -104,26 +131,35 @@ def training_items(
             example,
             example.target_ids,
             among=tuple(ids[0] for ids in example.choices_ids) if loss == "labels" else (),
+            decoder_length=decoder_length,
         )
         for example in examples
     ]
 
 
-def choice_items(adapter: str, prompt_length: int, examples: Iterable[Example], *, cell: int = 0) -> list[Item]:
+def choice_items(
+    adapter: str, prompt_length: int, examples: Iterable[Example], *, cell: int = 0, decoder_length: int = 0
+) -> list[Item]:
     """Each example once for each label: the likelihoods that classification compares."""
     return [
-        Item(adapter, prompt_length, example, ids, choice=choice, cell=cell)
+        Item(adapter, prompt_length, example, ids, choice=choice, cell=cell, decoder_length=decoder_length)
         for example in examples
         for choice, ids in enumerate(example.choices_ids)
     ]
 
 
 def generation_items(
-    adapter: str, prompt_length: int, examples: Iterable[Example], *, num_new_tokens: Sequence[int], cell: int = 0
+    adapter: str,
+    prompt_length: int,
+    examples: Iterable[Example],
+    *,
+    num_new_tokens: Sequence[int],
+    cell: int = 0,
+    decoder_length: int = 0,
 ) -> list[Item]:
     """Each example's input with room for so many new tokens (`TaskData.num_new_tokens`)."""
     return [
-        Item(adapter, prompt_length, example, (), num_new_tokens=num, cell=cell)
+        Item(adapter, prompt_length, example, (), num_new_tokens=num, cell=cell, decoder_length=decoder_length)
         for example, num in zip(examples, num_new_tokens, strict=True)
     ]
 
@@ -151,7 +187,7 @@ def plan_passes(
         exactly `items`; where the last passes have too few rows for all ranks, some ranks have empty ones.
     """
     assert world > 0 and microbatch_tokens > 0
-    queue = sorted(items, key=lambda item: -item.num_tokens)  # stable, so equal on every rank
+    queue = sorted(items, key=lambda item: [-side for side in item.sides])  # stable, so equal on every rank
     if is_packed:
         ranks = [_filled(share, microbatch_tokens) for share in _dealt(queue, world)]
         num_passes = max(len(passes) for passes in ranks)
@@ -165,17 +201,28 @@ def plan_passes(
 
 
 def pass_tokens(rows: Sequence[Item], *, is_packed: bool) -> int:
-    """Tokens that one pass computes: padded rows are all as long as the longest; packed ones share their prompts."""
+    """Tokens that one pass computes: padded rows are as long as the longest of each side; packed ones share prompts."""
     if not is_packed:
-        return len(rows) * max((row.num_tokens for row in rows), default=0)
+        return len(rows) * sum(_longest(rows))
     prompts = {row.adapter: row.prompt_length for row in rows}
     return sum(prompts.values()) + sum(row.num_tokens - row.prompt_length for row in rows)
 
 
 def _take_padded(queue: list[Item], world: int, most: int) -> tuple[list[list[Item]], list[Item]]:
     """Rows of one pass by rank, dealt in turn, and what is left."""
-    num_rows = max(1, most // max(1, queue[0].num_tokens)) * world
+    num_rows, longest = 0, (0, 0)
+    while num_rows < len(queue):
+        of_next = _longest(queue[num_rows : num_rows + world])
+        longest = max(longest[0], of_next[0]), max(longest[1], of_next[1])
+        if num_rows and (num_rows // world + 1) * sum(longest) > most:
+            break
+        num_rows += world
     return [queue[rank:num_rows:world] for rank in range(world)], queue[num_rows:]
+
+
+def _longest(rows: Sequence[Item]) -> tuple[int, int]:
+    """Of each side."""
+    return max((row.sides[0] for row in rows), default=0), max((row.sides[1] for row in rows), default=0)
 
 
 def _dealt(queue: Sequence[Item], world: int) -> list[list[Item]]:
@@ -212,13 +259,3 @@ def _filled(rows: Sequence[Item], most: int) -> list[list[Item]]:
         passes[-1].append(item)
         there.add(item.adapter)
     return passes
-
-
-@functools.lru_cache(maxsize=64)  # every step of an epoch asks for the same one; a cohort for one per seed
-def _permutation(seed: int, epoch: int, num_examples: int, stream: int) -> npt.NDArray[np.int64]:
-    """The order of one epoch, (num_examples,). Shared by its callers: read only."""
-    key = np.array([seed % 2**64, epoch], dtype=np.uint64)
-    counter = np.array([0, 0, 0, stream], dtype=np.uint64)  # the highest word: no stream runs into another
-    order = np.argsort(np.random.Philox(key=key, counter=counter).random_raw(num_examples), kind="stable")
-    order.setflags(write=False)
-    return order

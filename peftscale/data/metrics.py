@@ -156,7 +156,7 @@ def _bleu(predictions: Sequence[str], references: Sequence[tuple[str, ...]]) -> 
 
     most = max(map(len, references))
     streams = [[of_one[i] if i < len(of_one) else None for of_one in references] for i in range(most)]
-    return float(corpus_bleu(list(predictions), streams).score) / 100
+    return min(1.0, float(corpus_bleu(list(predictions), streams).score) / 100)  # all right is 100.00000000000004
 
 
 def _is_referent(prediction: str, referent: str) -> bool | None:

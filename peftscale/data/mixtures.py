@@ -11,14 +11,15 @@ these rates, here each epoch has exactly as many); Vu et al. 2022, arXiv:2110.07
 """
 
 import bisect
+import functools
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from peftscale.config import MEAN_OF_TASKS
-from peftscale.data.batches import Cursor, indices
+from peftscale.data.batches import Cursor, Permutation, indices, permutation
 from peftscale.data.tasks import Example, TaskData
 
 
@@ -41,10 +42,16 @@ class Mixture:
         """The place behind the last one of each task."""
         return tuple(itertools.accumulate(self.shares.values()))
 
+    @cached_property
+    def _kept(self) -> Permutation:
+        """Its own orders at hand, whatever the size of the cohort: of each task and of all, the epoch and the next."""
+        return functools.lru_cache(maxsize=2 * (1 + len(self.tasks)))(permutation)
+
     def take(self, cursor: Cursor, num: int) -> tuple[list[Example], Cursor]:
         """The next `num` examples, and the cursor behind them: a function of the cursor, not of ranks or past calls."""
         epoch_size = self._ends[-1]
-        places, moved = cursor.take(num, num_examples=epoch_size)
+        moved = replace(cursor, position=cursor.position + num)
+        places = indices(cursor.seed, cursor.position, moved.position, num_examples=epoch_size, kept=self._kept)
         found = []
         for position, place in enumerate(places, start=cursor.position):
             number = bisect.bisect_right(self._ends, place)
@@ -53,7 +60,10 @@ class Mixture:
             at = place - (self._ends[number] - share)
             if share < len(task.train):
                 own = position // epoch_size * share + at
-                (at,) = indices(cursor.seed, own, own + 1, num_examples=len(task.train), stream=number + 1)
+                num_examples = len(task.train)
+                (at,) = indices(
+                    cursor.seed, own, own + 1, num_examples=num_examples, stream=number + 1, kept=self._kept
+                )
             found.append(task.train[at])
         return found, moved
 

@@ -5,7 +5,7 @@ For `session`, which has no files and no templates; those are `data.tasks`. Mess
 
 from collections.abc import Sequence
 
-from peftscale.data.tasks import Example, TaskData
+from peftscale.data.tasks import Example, TaskData, never_predicted
 from peftscale.data.tokens import Ids, TextEncoder
 from peftscale.errors import DataError
 
@@ -38,7 +38,7 @@ def examples(
     for i, (ids, target_ids) in enumerate(zip(inputs, _behind(encoder, texts, inputs, targets), strict=True)):
         _refuse_misfit(encoder, ids, target_ids, where=f"{where}[{i}]", max_tokens=max_tokens)
         ended_ids = target_ids + end_ids
-        found.append(Example(i, ids, ended_ids, None, targets[i], (ended_ids,)))
+        found.append(Example(i, ids, ended_ids, None, targets[i], (ended_ids,), has_sides=encoder.is_encoder_decoder))
     return tuple(found)
 
 
@@ -51,7 +51,7 @@ def to_choose(texts: Sequence[str], words: Sequence[str], encoder: TextEncoder, 
     """Texts behind which the likeliest of `words` is to be found, as the test split of a task.
 
     Raises:
-        DataError: as `examples`, or words that are not two at least, each of other tokens.
+        DataError: as `examples`, or words that are not two at least, or one that begins with the tokens of another.
     """
     _refuse_all_but_texts(texts, where="texts")
     _refuse_all_but_texts(words, where="words")
@@ -60,12 +60,15 @@ def to_choose(texts: Sequence[str], words: Sequence[str], encoder: TextEncoder, 
     choices: list[tuple[Ids, ...]] = list(zip(*by_word, strict=True))
     for i, (ids, of_text) in enumerate(zip(inputs, choices, strict=True)):
         _refuse_misfit(encoder, ids, max(of_text, key=len), where=f"texts[{i}]", max_tokens=max_tokens)
-        if not all(of_text) or len(set(of_text)) < max(2, len(words)):
+        if not all(of_text) or len(of_text) < 2 or never_predicted(of_text):
             raise DataError(
-                f"words: must be at least two, each of other tokens, got {list(words)}, which are the tokens "
-                f"{list(of_text)} behind texts[{i}]. Choose other words."
+                f"words: must be at least two, none of which begins with the tokens of another, because it would never "
+                f"be the likelier one; got {list(words)}, which are the tokens {list(of_text)} behind texts[{i}]. "
+                f"Choose other words."
             )
-    asked = tuple(Example(i, ids, (), None, "", choices[i]) for i, ids in enumerate(inputs))
+    asked = tuple(
+        Example(i, ids, (), None, "", choices[i], has_sides=encoder.is_encoder_decoder) for i, ids in enumerate(inputs)
+    )
     return _task(asked, words, has_shared_choices=len(set(choices)) == 1, max_target_tokens=1)
 
 
@@ -81,7 +84,7 @@ def to_continue(texts: Sequence[str], encoder: TextEncoder, *, max_tokens: int |
     inputs = encoder.inputs(texts)
     for i, ids in enumerate(inputs):
         _refuse_misfit(encoder, ids, (0,), where=f"texts[{i}]", max_tokens=max_tokens)  # room for one token
-    asked = tuple(Example(i, ids, (), None, "") for i, ids in enumerate(inputs))
+    asked = tuple(Example(i, ids, (), None, "", has_sides=encoder.is_encoder_decoder) for i, ids in enumerate(inputs))
     return _task(asked, (), has_shared_choices=False, max_target_tokens=max_new_tokens)
 
 

@@ -7,6 +7,7 @@ Source: the text-to-text form of Raffel et al. 2020, arXiv:1910.10683, section 2
 likelihood of the label words as in Brown et al. 2020, arXiv:2005.14165, section 2.4.
 """
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,8 @@ class Example:
     """Classification: what the answers to one question have in common, and no others."""
     target_holds: bool = True
     """Generation: whether the target is right; a right prediction is another text where it is not."""
+    has_sides: bool = False
+    """An encoder reads the input and a decoder the target: each side is padded by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +160,7 @@ def _tokenised(
         choices: list[tuple[Ids, ...]] = [()] * len(texts)
     else:
         choices = _choices(encoder, texts, inputs, targets, tuple(task.labels.values()))
-        _refuse_alike(task, texts, choices)
+        _refuse_never_predicted(task.labels, texts, choices)
     if task.labels is None or is_encoder_decoder:
         targets = [(*ids, _eos(tokenizer)) for ids in targets]
     num_start, num_end = len(encoder.start_ids), len(encoder.end_ids)
@@ -167,7 +170,7 @@ def _tokenised(
     _refuse_long(task, texts, cut, targets, choices, max_tokens=max_tokens)
     examples: dict[Split, list[Example]] = {split: [] for split in SPLITS}
     for text, ids, target_ids, choices_ids in zip(texts, cut, targets, choices, strict=True):
-        of_text = (text.references, text.group, text.target_holds)
+        of_text = (text.references, text.group, text.target_holds, is_encoder_decoder)
         examples[text.split].append(
             Example(text.index, ids, target_ids, text.label, text.target, choices_ids, *of_text)
         )
@@ -268,13 +271,26 @@ def refuse_long_labels(task: TaskData) -> None:
     )
 
 
-def _refuse_alike(task: TaskConfig, texts: Sequence[Text], choices: Sequence[tuple[Ids, ...]]) -> None:
+def never_predicted(choices_ids: Sequence[Ids]) -> tuple[int, int] | None:
+    """Places of a label and of another whose tokens it begins with, so that it is never the likelier one; None: no such
+    two."""
+    pairs = itertools.permutations(range(len(choices_ids)), 2)
+    return next(((i, j) for i, j in pairs if choices_ids[i][: len(choices_ids[j])] == choices_ids[j]), None)
+
+
+def _refuse_never_predicted(
+    labels: Mapping[str, str], texts: Sequence[Text], choices: Sequence[tuple[Ids, ...]]
+) -> None:
+    words, seen = list(labels.values()), set[tuple[Ids, ...]]()
     for text, choices_ids in zip(texts, choices, strict=True):
-        if len(set(choices_ids)) < len(choices_ids):
+        found = None if choices_ids in seen else never_predicted(choices_ids)
+        seen.add(choices_ids)
+        if found is not None:
+            label, other = found
             raise DataError(
-                f"task.labels: two of {list((task.labels or {}).values())} are the same tokens {list(choices_ids)} "
-                f"for this base's tokenizer behind row {text.index} of {text.where}, so they cannot be told apart. "
-                f"Choose other words."
+                f"task.labels: {words[label]!r}, for this base's tokenizer {list(choices_ids[label])}, begins with the "
+                f"tokens of {words[other]!r}, {list(choices_ids[other])}, behind row {text.index} of {text.where}, so "
+                f"it could never be the likelier of the two. Choose other words."
             )
 
 

@@ -23,7 +23,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", *, is_encoder_decoder: bool = False) -> None:
         self._tokenizer = tokenizer
-        self._is_encoder_decoder = is_encoder_decoder
+        self.is_encoder_decoder = is_encoder_decoder
         self.start_ids, end_ids = self._find_special()
         """What this tokenizer opens every text with: () or, as a rule, the BOS id."""
         self.end_ids: Ids = end_ids if is_encoder_decoder else ()
@@ -52,7 +52,7 @@ class TextEncoder:
         Returns:
             N pairs: ids, and False where the target had to be encoded alone. No opening ids behind a text, and no EOS.
         """
-        if self._is_encoder_decoder:
+        if self.is_encoder_decoder:
             return [(self.start_ids + ids, True) for ids in self._plain(targets)]
         num_start = len(self.start_ids)
         found: list[tuple[Ids, bool]] = []

@@ -141,7 +141,12 @@ class Session:
             [
                 item
                 for name, examples in of_step.items()
-                for item in training_items(name, self.cohort[name].num_positions, examples)
+                for item in training_items(
+                    name,
+                    self.cohort[name].num_positions,
+                    examples,
+                    decoder_length=self.cohort[name].num_positions - self.cohort[name].length,
+                )
             ],
             step=self.num_steps,
             microbatch_tokens=self._cfg.microbatch_tokens,
@@ -174,7 +179,7 @@ class Session:
             words: at least two, each with the blank that stands in front of it.
 
         Raises:
-            DataError: as `step`; words that are the same tokens.
+            DataError: as `step`; a word that begins with the tokens of another.
         """
         return self._answers(
             adapter, lambda: pairs.to_choose(texts, words, self._encoder, max_tokens=self._room(adapter))

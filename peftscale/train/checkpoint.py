@@ -148,13 +148,13 @@ def write_(
     try:
         directory.write(target, files)
     except OSError as error:
-        last = next((path for path in _newest_first(root) if path != target), None)
+        last = next((path for path in newest_first(root) if path != target), None)
         raise CheckpointError(
             f"checkpoint {target} cannot be written: {error.strerror or error}. It needs "
             f"{sum(map(len, files.values()))} bytes. The last good one is {last or 'none'}. "
             f"Make room and {'go on with --resume' if last else 'start the run again'}."
         ) from error
-    for old in _newest_first(root)[keep:]:
+    for old in newest_first(root)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -171,7 +171,7 @@ def newest(root: Path, *, note: Callable[[str], None] = log.warning) -> Path | N
     Raises:
         CheckpointError: there are checkpoints and none of them can be used.
     """
-    candidates = _newest_first(root)
+    candidates = newest_first(root)
     reasons = []
     for path in candidates:
         try:
@@ -279,7 +279,8 @@ def _differences(old: Any, new: Any, where: str = "") -> list[str]:
     return [] if old == new else [f"{where} was {old!r}, now {new!r}"]
 
 
-def _newest_first(root: Path) -> list[Path]:
+def newest_first(root: Path) -> list[Path]:
+    """All that are there, whole or not."""
     found = [(int(m[1]), p) for p in root.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", p.name))]
     return [path for _, path in sorted(found, reverse=True)]
 

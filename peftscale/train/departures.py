@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from peftscale.config import RunConfig
 from peftscale.errors import TrainingError
+from peftscale.train import checkpoint
 from peftscale.train.checkpoint import State
 
 
@@ -20,16 +21,20 @@ def mark_done_(cfg: RunConfig, state: State, training: Sequence[str]) -> None:
     limit = cfg.train.max_nonfinite_steps
     for name in training:
         progress = state.progress[name]
-        if progress.nonfinite_steps >= limit:
+        row, is_last = progress.nonfinite_steps, progress.steps == cfg.adapter_train(name).steps
+        # At its end one step may be a bad batch; more, or nothing else, are no training.
+        if row >= limit or (is_last and (row > 1 or row == progress.steps)):
             progress.outcome = "failed"
             what = "its values, loss or gradient were not finite"
-            progress.reason = f"{what} in {limit} steps in a row, the last one step {state.step}"
-        elif progress.steps == cfg.adapter_train(name).steps:
+            progress.reason = f"{what} in {row} step{'s' * (row > 1)} in a row, the last one step {state.step}"
+        elif is_last:
             progress.outcome = "finished"
     if all(progress.outcome == "failed" for progress in state.progress.values()):
         reasons = "; ".join(f"adapter {name}: {progress.reason}" for name, progress in state.progress.items())
         advice = _lower_rate(cfg, next(iter(state.progress)))
-        raise TrainingError(f"{reasons}. {advice}; the last checkpoint is kept.")
+        kept = next(iter(checkpoint.newest_first(cfg.checkpoints_dir)), None)
+        found = f"the last checkpoint is {kept}" if kept else "no checkpoint had been written"
+        raise TrainingError(f"{reasons}. {advice}; {found}.")
 
 
 def due(cfg: RunConfig, state: State, training: Sequence[str]) -> list[str]:

@@ -126,9 +126,10 @@ def pass_sizes(
     return sizes
 
 
-def _lengths(adapters: Mapping[str, Adapter]) -> dict[str, int]:
-    """Virtual tokens of a row by adapter."""
-    return {BASE_ALONE: 0, **{name: adapter.num_positions for name, adapter in adapters.items()}}
+def _lengths(adapters: Mapping[str, Adapter]) -> dict[str, tuple[int, int]]:
+    """Virtual tokens of a row by adapter, and how many of them are the decoder's."""
+    both = {name: (adapter.num_positions, adapter.num_positions - adapter.length) for name, adapter in adapters.items()}
+    return {BASE_ALONE: (0, 0), **both}
 
 
 def likeliest(of_labels: Sequence[float]) -> int:
@@ -163,7 +164,7 @@ def _passes(items: Sequence[Item], microbatch_tokens: int, *, is_packed: bool) -
 def _classify(
     base: Base,
     adapters: Mapping[str, Folded],
-    lengths: Mapping[str, int],
+    lengths: Mapping[str, tuple[int, int]],
     cells: Sequence[Cell],
     *,
     microbatch_tokens: int,
@@ -192,25 +193,28 @@ def _classify(
     return {place: tuple(of_example[c] for c in sorted(of_example)) for place, of_example in merged.items()}
 
 
-def _compared(lengths: Mapping[str, int], cells: Sequence[Cell]) -> list[Item]:
+def _compared(lengths: Mapping[str, tuple[int, int]], cells: Sequence[Cell]) -> list[Item]:
     """Rows of the cells that have labels."""
     items: list[Item] = []
     for number, cell in enumerate(cells):
-        name, length = cell.adapter, lengths[cell.adapter]
+        name, (length, of_decoder) = cell.adapter, lengths[cell.adapter]
         if not cell.task.labels:
             continue
         if cell.task.has_shared_choices and all(len(ids) == 1 for ids in cell.examples[0].choices_ids):
             # One row answers for all labels.
-            items += [Item(name, length, one, one.choices_ids[0], cell=number) for one in cell.examples]
+            items += [
+                Item(name, length, one, one.choices_ids[0], cell=number, decoder_length=of_decoder)
+                for one in cell.examples
+            ]
         else:
-            items += choice_items(name, length, cell.examples, cell=number)
+            items += choice_items(name, length, cell.examples, cell=number, decoder_length=of_decoder)
     return items
 
 
 def _generate(
     base: Base,
     adapters: Mapping[str, Folded],
-    lengths: Mapping[str, int],
+    lengths: Mapping[str, tuple[int, int]],
     cells: Sequence[Cell],
     *,
     microbatch_tokens: int,
@@ -230,7 +234,7 @@ def _generate(
 
 
 def _written(
-    base: Base, adapters: Mapping[str, Folded], lengths: Mapping[str, int], cells: Sequence[Cell]
+    base: Base, adapters: Mapping[str, Folded], lengths: Mapping[str, tuple[int, int]], cells: Sequence[Cell]
 ) -> dict[tuple[int, int, int], list[Item]]:
     """Rows of the cells without labels, by what they have in common: the room of each and `generates_with`.
 
@@ -241,10 +245,12 @@ def _written(
     items: list[Item] = []
     for number, cell in enumerate(cells):
         if not cell.task.labels:
-            name, length = cell.adapter, lengths[cell.adapter]
+            name, (length, of_decoder) = cell.adapter, lengths[cell.adapter]
             room = base.room(0 if name == BASE_ALONE else adapters[name].length)
             num_new = [cell.task.num_new_tokens(example, room=room) for example in cell.examples]
-            items += generation_items(name, length, cell.examples, num_new_tokens=num_new, cell=number)
+            items += generation_items(
+                name, length, cell.examples, num_new_tokens=num_new, cell=number, decoder_length=of_decoder
+            )
     groups: dict[tuple[int, int, int], list[Item]] = {}
     for item, row in zip(items, rows_of(items, adapters), strict=True):
         groups.setdefault((item.num_new_tokens, *generates_with(base, row)), []).append(item)

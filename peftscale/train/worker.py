@@ -195,7 +195,8 @@ def _take_items(cfg: RunConfig, state: State, data: Mapping[str, Mixture]) -> li
     for name in state.training:
         progress, train = state.progress[name], cfg.adapter_train(name)
         examples, progress.cursor = data[name].take(progress.cursor, train.examples_per_step)
-        items += training_items(name, state.cohort[name].num_positions, examples, loss=train.loss)
+        length, num = state.cohort[name].length, state.cohort[name].num_positions
+        items += training_items(name, num, examples, loss=train.loss, decoder_length=num - length)
     return items
 
 
@@ -307,10 +308,11 @@ def _evaluate(job: Job, due: Sequence[str]) -> None:
         metric = job.cfg.deciding_metric(name)
         progress = job.state.progress[name]
         is_better = not progress.best or result.metrics[metric] > progress.best[metric]
-        if is_better and step.usable({name: job.state.cohort[name]}):  # NaN may guess well
+        is_usable = bool(step.usable({name: job.state.cohort[name]}))  # NaN may guess well
+        if is_better and is_usable:
             progress.best, progress.best_step, progress.stale_evaluations = result.metrics, job.state.step, 0
             job.state.best_rows[name] = _values(job.state.cohort[name])
-        else:
+        elif is_usable and not progress.nonfinite_steps:  # while steps change nothing it may be failing
             progress.stale_evaluations += 1
         _record_evaluation(job, name, "validation", result)
 

@@ -5,8 +5,9 @@ activation checkpointing, in packed passes.
 
 The quickstart base (5M Llama) and one global batch of 32 real reviews behind the quickstart's prompt of 20 tokens, in
 float32. Each cell is the largest relative error over the ranks, |g - g1| / |g1| in the L2 norm, against one replicated
-rank of the same quantisation without checkpointing, in padded passes. Prints a table and appends one BenchRecord a quantisation.
-The last line is the control: the same measure where the batch lacks one review. The promise is below 1e-5.
+rank of the same quantisation without checkpointing, in padded passes. Prints a table and appends one BenchRecord a
+quantisation. The last line is the control: the same measure where the batch lacks one review. The promise is below
+1e-5.
 """
 
 import os

@@ -177,7 +177,7 @@ def grow(tmp: Path) -> dict[str, float]:
         steps,
         **{"cluster.workers": [1, 2], "cluster.cpus_per_worker": 1, "train.checkpoint_every": 100},
     )
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         ray.init(address=cluster.address, log_to_driver=False)
         joined_s: list[float] = []

@@ -2,7 +2,7 @@
 
 The sets are not part of the project. A directory of them has the sub-directories and files that `FILES` reads; each
 becomes jsonl files with the columns of the catalogue's task, whose wording is used. The words of the labels are other
-ones: a vocabulary of 4,096 has most of the catalogue's in pieces.
+ones: a vocabulary of 4,096 has most of the catalogue's in pieces. Questions and translations are those of XQuAD.
 """
 
 import csv
@@ -26,6 +26,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "labels": {"World": " world", "Sports": " games", "Business": " business", "Sci/Tech": " technology"},
         "max_text_tokens": 64,
     },
+    "squad": {"max_text_tokens": 192, "max_target_tokens": 16},
+    "wmt16_en_ro": {"max_text_tokens": 64, "max_target_tokens": 16},
 }
 """What is said otherwise than in the catalogue. `movies` and `products` are worded as `imdb`."""
 SETTINGS["movies"] = SETTINGS["products"] = SETTINGS["imdb"] | {
@@ -70,6 +72,11 @@ def _splits(data: Path, name: str) -> dict[str, Rows]:
             return _cut(list(_jsonl(data / "movie_reviews" / "movie_reviews.jsonl.gz")), 1400, 200)
         case "products":
             return _cut(list(_jsonl(data / "product_reviews" / "product_reviews.jsonl")), 2400, 334)
+        case "squad":
+            return _cut(list(_questions(data / "xquad" / "xquad.en.json")), 900, 100)
+        case "wmt16_en_ro":
+            lines = (data / "xquad" / "parallel_questions.jsonl").read_text(encoding="utf-8").strip().split("\n")
+            return _cut([{"translation": json.loads(line)} for line in lines], 900, 100)
     raise ValueError(f"no task {name!r}")
 
 
@@ -91,6 +98,14 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
         if line:
             row = json.loads(line)
             yield {"text": " ".join(row["text"].split()), "label": int(row["label"])}
+
+
+def _questions(path: Path) -> Iterator[dict[str, Any]]:
+    for article in json.loads(path.read_text(encoding="utf-8"))["data"]:
+        for paragraph in article["paragraphs"]:
+            for asked in paragraph["qas"]:
+                answers = {"text": [answer["text"] for answer in asked["answers"]]}
+                yield {"context": paragraph["context"], "question": asked["question"], "answers": answers}
 
 
 def _emotion(folder: Path, split: str) -> Iterator[dict[str, Any]]:

@@ -14,10 +14,11 @@ from peftscale import adapters, records
 from peftscale.base import load
 from peftscale.config import RunConfig
 from peftscale.data import tasks
-from peftscale.data.batches import training_items
+from peftscale.data.batches import Cursor, training_items
 from peftscale.errors import TrainingError
 from peftscale.records import StepRecord
-from peftscale.train import comm, step, worker
+from peftscale.train import comm, departures, step, worker
+from peftscale.train.checkpoint import AdapterProgress, State
 from peftscale.train.optim import AdapterOptimizer
 
 pytestmark = pytest.mark.ranks
@@ -117,3 +118,34 @@ def test_so_many_steps_in_a_row_end_the_run_with_a_clear_error_on_every_rank(tmp
     assert [row.skipped for row in rows][-3:] == [True, True, True]
     assert not any(row.skipped for row in rows[:-3])
     assert json.loads((cfg.run_dir / "metrics.jsonl").read_text().splitlines()[-1])["skipped"] is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "kept"),
+    [
+        ({"train.steps": 5, "train.checkpoint_every": 5}, 5, "no checkpoint had been written."),
+        (
+            {"train.steps": 30, "train.checkpoint_every": 4, "train.early_stop": 2},
+            10,
+            "last checkpoint is {}/step-8.",
+        ),
+    ],
+)
+def test_neither_the_last_step_nor_an_early_stop_makes_a_success_of_an_adapter_that_fails(
+    tmp_path: Path, changes: dict[str, Any], steps: int, kept: str
+) -> None:
+    rate = {"train.optimizer": "adafactor", "train.learning_rate": 1e30, "train.evaluate_every": 1}
+    cfg = tiny.run_config(tmp_path, **rate, **changes)
+    message = _train_into_overflow(cfg)
+    assert f"not finite in {steps} steps in a row, the last one step {steps}." in message
+    assert message.endswith(kept.format(cfg.checkpoints_dir))
+    assert not cfg.summary_path.exists()
+
+
+def test_one_bad_batch_at_the_end_is_no_failure_and_two_are(tmp_path: Path) -> None:
+    cfg = tiny.run_config(tmp_path, **{"train.steps": 4})
+    for row, outcome in ((1, "finished"), (2, "failed")):
+        healthy, bad = (AdapterProgress(Cursor(0), steps=4, nonfinite_steps=num) for num in (0, row))
+        two = cfg.model_copy(update={"adapters": dict.fromkeys(("healthy", "bad"), cfg.adapters["mood"])})
+        departures.mark_done_(two, State({}, {}, {}, {"healthy": healthy, "bad": bad}, step=4), ["healthy", "bad"])
+        assert (healthy.outcome, bad.outcome) == ("finished", outcome)

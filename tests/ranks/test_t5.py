@@ -50,7 +50,11 @@ def _open(cfg: RunConfig) -> tuple[Base, Cohort, TaskData]:
 
 
 def _items(cohort: Cohort, task: TaskData) -> list[Item]:
-    return [item for name, a in cohort.items() for item in training_items(name, a.num_positions, task.train)]
+    return [
+        item
+        for name, a in cohort.items()
+        for item in training_items(name, a.num_positions, task.train, decoder_length=a.num_positions - a.length)
+    ]
 
 
 def _gradients(cfgs: list[RunConfig], microbatch_tokens: int) -> list[dict[str, Any]]:

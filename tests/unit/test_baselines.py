@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import tiny
 import torch
@@ -21,7 +22,7 @@ from peftscale.adapters import SoftPrompt
 from peftscale.base import load as base_load
 from peftscale.base.load import Base
 from peftscale.base.padded import Row, target_logits
-from peftscale.baselines import budget, few_shot, model, training
+from peftscale.baselines import budget, few_shot, model, training, use
 from peftscale.baselines import task as baseline_task
 from peftscale.baselines.adafactor import SlicedAdafactor
 from peftscale.baselines.full import Full
@@ -326,9 +327,27 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(
         assert all(parameter.isfinite().all() for parameter in best.parameters())
 
 
-def test_commands_for_adapters_say_that_a_baseline_makes_none(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match=r"method=lora: such a run makes no adapter. Name those you mean"):
-        driver.adapter_dirs(tiny.run_config(tmp_path, **LORA), None)
+@pytest.mark.parametrize("changes", [{**LORA, "train.learning_rate": 0.1}, FULL], ids=["lora", "full"])
+def test_evaluate_scores_the_state_that_a_baseline_s_run_made(tmp_path: Path, changes: dict[str, Any]) -> None:
+    cfg = tiny.run_config(tmp_path, **changes)
+    (made,) = driver.run(cfg, show=False).adapters.values()
+    done = commands.run("evaluate", tmp_path / "run.json", "--split", "validation", "--json")
+    assert done.code == 0, done.err
+    ((place, scored),) = json.loads(done.out)["adapters"].items()
+    assert (place, scored["metrics"]) == (made.dir, made.after)
+    assert made.after != made.before
+
+
+def test_a_baseline_has_one_state_and_none_before_it_is_trained(tmp_path: Path) -> None:
+    cfg = tiny.run_config(tmp_path, **LORA)
+    with pytest.raises(AdapterError, match=r"runs/tiny/lora/best: no such state of method=lora. Train the run first"):
+        driver.adapter_dirs(cfg, None)
+    with pytest.raises(ConfigError, match="--adapter: method=lora is scored one state at a time, got 2"):
+        driver.adapter_dirs(cfg, [tmp_path, tmp_path])
+    with pytest.raises(ModelError, match=rf"{tmp_path}: no state of method=lora is there. Train the run first"):
+        use.evaluated(cfg, tmp_path, [cfg.task], "validation")
+    with pytest.raises(ConfigError, match="method: 'few_shot' trains nothing that could be used again; `peftscale tra"):
+        driver.adapter_dirs(tiny.run_config(tmp_path, **FEW), None)
 
 
 def test_peft_is_asked_for_by_name_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

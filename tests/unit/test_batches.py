@@ -1,6 +1,7 @@
 """The order of examples and the dealing to ranks: functions of the run file, never of luck or world size."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -69,6 +70,25 @@ def test_each_place_is_as_likely_for_each_example() -> None:
     )
     assert len(counts) == 16
     assert max(abs(count - 750) for count in counts.values()) < 120  # 5 standard deviations of 23.7
+
+
+@given(shapes=ITEMS, world=st.sampled_from([1, 2, 3, 5]), microbatch_tokens=st.integers(1, 900))
+@settings(max_examples=200, deadline=None)
+def test_a_pass_of_an_encoder_decoder_is_within_the_bound_with_each_side_as_long_as_its_longest(
+    shapes: list[tuple[str, int, int, int]], world: int, microbatch_tokens: int
+) -> None:
+    items = [
+        replace(item, decoder_length=item.prompt_length // 3, example=replace(item.example, has_sides=True))
+        for item in _items(shapes)
+    ]
+    ranks = plan_passes(items, world=world, microbatch_tokens=microbatch_tokens)
+    dealt = [item.example.index for passes in ranks for rows in passes for item in rows]
+    assert sorted(dealt) == list(range(len(items)))
+    for rows in (rows for passes in ranks for rows in passes if rows):
+        encoder = max(len(i.example.input_ids) + i.prompt_length - i.prompt_length // 3 for i in rows)
+        decoder = max(len(i.target_ids) + i.prompt_length // 3 for i in rows)
+        assert pass_tokens(rows, is_packed=False) == len(rows) * (encoder + decoder)
+        assert len(rows) * (encoder + decoder) <= microbatch_tokens or len(rows) == 1
 
 
 @given(shapes=ITEMS, world=st.sampled_from([1, 2, 3, 5]), microbatch_tokens=st.integers(1, 900))

@@ -79,6 +79,14 @@ def test_the_catalogue_has_the_tasks_of_the_papers_each_whole() -> None:
         assert ("mean" in task.metrics) <= (task.metrics[0] == "mean")
 
 
+def test_no_label_of_the_catalogue_begins_with_another_in_whatever_tokens() -> None:
+    with_labels = [entry.task["labels"].values() for entry in catalogue.entries().values() if "labels" in entry.task]
+    assert len(with_labels) == 13
+    for words in with_labels:
+        for word in words:
+            assert not [other for other in words if other is not word and other.strip().startswith(word.strip())]
+
+
 def test_official_metrics_of_superglue() -> None:
     assert {name: catalogue.entries()[name].task["metrics"] for name in sorted(SUPERGLUE)} == {
         "boolq": ["accuracy"],

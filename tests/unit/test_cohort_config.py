@@ -1,5 +1,6 @@
 """A cohort in a run file: what an adapter may have for itself, and how lists become adapters with readable names."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -153,13 +154,23 @@ def test_lists_become_their_product_with_names_of_what_varies(write: Write) -> N
         ({"train": {"weight_decay": [0, 0.1], "examples_per_step": [8, 16]}},
          ["a-wd0-batch8", "a-wd0-batch16", "a-wd0.1-batch8", "a-wd0.1-batch16"]),
         ({"init": ["random", "vocabulary"], "init_top": [100, 5000]},
-         ["a-random-init_top100", "a-random-init_top5000", "a-vocabulary-init_top100", "a-vocabulary-init_top5000"]),
+         ["a-random", "a-vocabulary-init_top100", "a-vocabulary-init_top5000"]),
+        ({"init": ["random", "text"], "init_text": ["Is it good?", "Rate"]},
+         ["a-random", "a-text-text0", "a-text-Rate"]),
+        ({"init_top": [100, 200], "init": ["labels", "text"], "init_labels": [" bad"], "init_text": "Rate"},
+         ["a-labels-init_top100", "a-labels-init_top200", "a-text"]),
+        ({"reparam": ["none", "residual"], "reparam_hidden_size": [8, 16], "seed": [0, 1]},
+         ["a-none-s0", "a-none-s1", "a-residual-reparam_hidden_size8-s0", "a-residual-reparam_hidden_size8-s1",
+          "a-residual-reparam_hidden_size16-s0", "a-residual-reparam_hidden_size16-s1"]),
+        ({"reparam": ["none", "residual"], "reparam_hidden_size": 8}, ["a-none", "a-residual"]),
         ({"init": "text", "init_text": ["Is it good?", "Rate it."]}, ["a-text0", "a-text1"]),
         ({"init": "labels", "init_labels": [" bad", " good"]}, ["a"]),
     ],
 )  # fmt: skip
 def test_the_names_of_a_product_are_these(write: Write, settings: dict[str, Any], names: list[str]) -> None:
-    assert list(configio.load(write({"a": {**PROMPT, **settings}})).adapters) == names
+    adapters = configio.load(write({"a": {**PROMPT, **settings}})).adapters
+    assert list(adapters) == names
+    assert all(one != other for one, other in itertools.combinations(adapters.values(), 2))
 
 
 def test_where_the_start_varies_its_words_go_to_those_that_start_from_them(write: Write) -> None:

@@ -154,7 +154,11 @@ def test_all_problems_of_a_file_come_in_one_message(write: Write) -> None:
         ("3e-1", "???", "train.learning_rate: ??? must be filled in"),
         ("cluster: {", "cluster: 3 #", "cluster: must be a mapping (key: value lines), got 3"),
         ("storage: runs", "storage: 's3://b/runs'", "cluster.storage: must be a path that every node sees"),
-        ("validation.jsonl}", "validation.jsonl}\n  hub: {path: a}", "task.files, task.hub: exactly one of the two"),
+        (
+            "validation.jsonl}",
+            "validation.jsonl}\n  hub: {path: a}",
+            "task.files, task.hub: exactly one of the two must be given, got both",
+        ),
         ("data/train.jsonl", "data/tran.jsonl", "task.files.train: no such file, got 'data/tran.jsonl', looked for /"),
         ("bases/tiny", "bases/tny", "base.model: no such directory, got 'bases/tny', looked for /"),
         ("bases/tiny", "./tiny", "base.model: no such directory, got './tiny', looked for /"),
@@ -163,6 +167,68 @@ def test_all_problems_of_a_file_come_in_one_message(write: Write) -> None:
 def test_each_problem_names_key_rule_and_value(write: Write, old: str, new: str, line: str) -> None:
     (found,) = problems_of(write(old, new))
     assert found.startswith(line)
+
+
+LABELLED = "labels: {0: bad, 1: good}"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "rest", "line"),
+    [
+        ("accuracy", "labels: {0: bad}", "labels: need at least two different words, got ['bad']"),
+        ("accuracy", "labels: {0: bad, 1: bad}", "labels: need at least two different words, got ['bad', 'bad']"),
+        (
+            "exact_match",
+            "each: {reference: answers}",
+            "each: reference is the name of one of `references`; choose another for 'answers'",
+        ),
+        (
+            "accuracy",
+            f"{LABELLED}\n  references: answers",
+            "references, task.target_holds: belong to a text that is generated, and this task has the labels 0, 1; got "
+            "references='answers', target_holds=None",
+        ),
+        (
+            "exact_match",
+            "target_holds: label == 1",
+            "metrics: referent_accuracy needs target_holds, and target_holds needs it; got exact_match and "
+            "target_holds='label == 1'",
+        ),
+        (
+            "referent_accuracy",
+            "",
+            "metrics: referent_accuracy needs target_holds, and target_holds needs it; got referent_accuracy and "
+            "target_holds=None",
+        ),
+        ("f1", "labels: {0: bad, 1: good, 2: odd}", "metrics: f1 needs two labels, got 3; macro_f1 takes any number"),
+        (
+            "accuracy, group_exact_match",
+            LABELLED,
+            "metrics: group_exact_match needs `group`, which says what belongs together; got accuracy, "
+            "group_exact_match and no group",
+        ),
+        (
+            "mean, accuracy",
+            LABELLED,
+            "metrics: each once, and mean beside two others at least; got mean, accuracy",
+        ),
+        (
+            "accuracy, accuracy",
+            LABELLED,
+            "metrics: each once, and mean beside two others at least; got accuracy, accuracy",
+        ),
+    ],
+)
+def test_keys_of_a_task_that_do_not_go_together_are_named_with_what_was_got(
+    write: Write, metrics: str, rest: str, line: str
+) -> None:
+    path = write(f"{LABELLED}\n  metrics: [accuracy]", f"metrics: [{metrics}]\n  {rest}")
+    assert problems_of(path) == [f"task.{line}"]
+
+
+def test_a_task_without_any_data_says_so(write: Write) -> None:
+    path = write("  files: {train: data/train.jsonl, validation: data/validation.jsonl}\n")
+    assert problems_of(path) == ["task.files, task.hub: exactly one of the two must be given, got neither"]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_of_ranks_that_only_miss_another_one_the_one_without_a_word_is_the_cause
     waited = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 9000ms for recv")
     with logs.kept(tmp_path, 1):
         _failed(tmp_path, 0, waited, step=7)
-        _failed(tmp_path, 2, waited, step=7)
+        _failed(tmp_path, 2, ValueError("Default process group has not been initialized"), step=7)  # Ray took it down
         host = socket.gethostname()
         assert logs.cause(tmp_path) == (
             f"rank 1 on {host} was killed or hangs, without a word; it was missed by rank 0 on {host} at step 7: "

@@ -118,6 +118,12 @@ def test_bleu_by_hand_with_references_of_different_number() -> None:
     assert short["bleu"] == pytest.approx(math.exp(-1))
 
 
+@pytest.mark.parametrize("num", [1, 2, 7])
+def test_bleu_of_what_is_all_right_is_one_and_not_a_rounding_more(num: int) -> None:
+    said = ["the red boat left the harbour at noon", "it rained the whole long day"] * num
+    assert metrics.of_texts(("bleu",), said, [(text,) for text in said])["bleu"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("prediction", "referent", "is_named"),
     [

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import tiny
 from hypothesis import given, settings
@@ -110,6 +111,18 @@ def test_steps_of_any_size_walk_through_one_order(
     for num in steps:
         walked += _walk(mixture, num, seed=seed, start=len(walked))
     assert walked == _walk(mixture, sum(steps), seed=seed)
+
+
+def test_a_cohort_of_any_size_makes_each_order_of_an_epoch_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    philox = np.random.Philox
+    monkeypatch.setattr(np.random, "Philox", lambda **key: made.append(key) or philox(**key))
+    task = _task("a", 40)
+    cohort = [(Mixture((task,)), Cursor(seed)) for seed in range(9000, 9070)]  # seeds of no other test
+    for _ in range(5):
+        cohort = [(mixture, mixture.take(cursor, 10)[1]) for mixture, cursor in cohort]
+        assert len(made) == 70 or cohort[0][1].position > 40
+    assert len(made) == 140  # the fifth step begins the second epoch
 
 
 def test_scores_of_several_tasks_are_the_mean_of_their_first_metrics_and_each_one_s_own() -> None:

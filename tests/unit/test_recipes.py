@@ -33,8 +33,20 @@ PAPERS = {
         "schedule": "linear",
         "examples_per_step": 5,
     },
-    "residual": {"length": 10, "init": "vocabulary", "reparam": "residual", "optimizer": "adafactor"},
+    "residual": {
+        "length": 10,
+        "init": "vocabulary",
+        "reparam": "residual",
+        "reparam_hidden_size": 800,
+        "optimizer": "adamw",
+        "learning_rate": 0.3,
+        "network_learning_rate": None,
+        "weight_decay": 1e-5,
+        "examples_per_step": 8,
+        "schedule": "constant",
+    },
 }
+"""Read in the papers and in their code, not in the recipes."""
 
 
 @pytest.mark.parametrize("name", sorted(PAPERS))

@@ -257,6 +257,35 @@ def test_what_a_template_or_a_label_gets_wrong_is_named(
         tasks.load(_task(tmp_path, **changed), tokenizer, max_tokens=None)
 
 
+@pytest.mark.parametrize("labels", [{"0": " good film", "1": " good"}, {"0": " good", "1": " good film"}])
+@pytest.mark.parametrize("is_encoder_decoder", [False, True])
+def test_a_label_that_begins_with_another_s_tokens_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, labels: dict[str, str], is_encoder_decoder: bool
+) -> None:
+    says = (
+        r"task.labels: ' good film', .*\[(\d+), \d+\], begins with the tokens of ' good', \[\1\], behind row 0 of task"
+    )
+    with pytest.raises(DataError, match=says):
+        tasks.load(_task(tmp_path, labels=labels), tokenizer, max_tokens=None, is_encoder_decoder=is_encoder_decoder)
+
+
+def test_labels_of_the_same_tokens_are_refused(tmp_path: Path, melting: PreTrainedTokenizerBase) -> None:
+    train = [{"text": "film", "label": 0}, {"text": "film.", "label": 1}]
+    task = _task(tmp_path, train=train, input="{{ text }}", labels={"0": " good", "1": "\u2581good"})
+    with pytest.raises(
+        DataError, match=r"' good', .*(\[\d+\]), begins with the tokens of '.good', \1, behind row 0 of"
+    ):
+        tasks.load(task, melting, max_tokens=None)
+
+
+def test_labels_that_share_their_first_tokens_are_told_apart_by_the_others(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    data = tasks.load(_task(tmp_path, labels={"0": " good film", "1": " good story"}), tokenizer, max_tokens=None)
+    (first, second) = data.train[0].choices_ids
+    assert first[0] == second[0] and first != second
+
+
 def test_a_template_that_is_not_jinja_is_the_run_file_s_fault(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -59,7 +59,9 @@ def test_rows_of_a_group_are_one_example_of_an_evaluation_and_not_of_training(tm
     task = _task(tmp_path, rows, **keys)
     assert [text.references for text in texts.render(task, "validation")] == [(" one", " three"), (" two",)]
     assert [text.target for text in texts.render(task, "train")] == [" one", " two", " three"]
-    with pytest.raises(DataError, match=r"task.group: rows 0 and 2 .* have the group 'x' and different inputs"):
+    with pytest.raises(
+        DataError, match=r"group: rows 0 and 2 .* have the group 'x' .*; one prediction cannot stand for both"
+    ):
         texts.render(_task(tmp_path, rows, **{**keys, "input": "{{ mr }} {{ text }}"}), "validation")
 
 
