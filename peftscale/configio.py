@@ -169,6 +169,8 @@ def _read(path: Path) -> DictConfig:
         raise ConfigError(f"{path}: {_broken(error)}") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: an interpolation ${{...}} cannot be read: {_first_line(error)}") from None
+    except ValueError as error:  # Python reads no integer of more than 4,300 digits
+        raise ConfigError(f"{path}: holds a value that cannot be read: {_first_line(error)}") from None
     if not isinstance(conf, DictConfig):
         raise ConfigError(f"{path}: must be a mapping (key: value lines), got a list")
     if not conf:

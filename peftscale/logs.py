@@ -17,8 +17,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from peftscale.records import Row
-from peftscale.redaction import Redacted
+from peftscale.records import Redacted, Row
 
 log = logging.getLogger(__name__)
 

@@ -12,15 +12,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from peftscale import __version__, machine
 from peftscale.config import Frozen
 from peftscale.errors import DataError
-from peftscale.redaction import Redacted
+from peftscale.redaction import redacted
 
 # What a number depends on. The pins of everything are constraints.txt.
 _PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "bitsandbytes", "datasets", "ray", "peft")
+
+Redacted = Annotated[str, AfterValidator(redacted)]
+"""The text of a row: whoever makes one cannot forget it."""
 
 
 class Row(Frozen):

@@ -9,9 +9,6 @@ import os
 import re
 import traceback
 from collections.abc import Iterable
-from typing import Annotated
-
-from pydantic import AfterValidator
 
 NAMES = "PEFTSCALE_SECRETS"
 """The variable that holds the names of those that are secret whatever they are called. Jobs are given it."""
@@ -40,10 +37,6 @@ def redacted(text: str) -> str:
     for shape, without in _SHAPES:
         text = shape.sub(without, text)
     return text
-
-
-Redacted = Annotated[str, AfterValidator(redacted)]
-"""The text of a row: whoever makes one cannot forget it."""
 
 
 def current_error() -> str:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -110,16 +109,12 @@ def _adapter(here: Path, name: str) -> Path:
     return here / "runs" / "tiny" / "adapters" / name / "best"
 
 
-def test_help_imports_nothing_heavy_and_answers_in_half_a_second() -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def test_help_imports_nothing_heavy() -> None:
     done = commands.run_alone("--help", after="import sys; print(sorted(m for m in sys.modules if '.' not in m))")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.code == 0
     modules = set(re.findall(r"'(\w+)'", done.out.splitlines()[-1]))
     assert "typer" in modules  # the list is there
     assert not modules & {"torch", "transformers", "ray", "deepspeed", "datasets", "bitsandbytes", "pydantic", "numpy"}
-    used_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert used_s < 0.5  # measured 0.15, whatever else the machine does
 
 
 def test_help_shows_the_commands_that_work_and_no_other() -> None:

@@ -153,7 +153,6 @@ def test_all_problems_of_a_file_come_in_one_message(write: Write) -> None:
         ("3e-1", "${nope}", "train.learning_rate: '${nope}' cannot be resolved: Interpolation key 'nope' not found"),
         ("3e-1", "???", "train.learning_rate: ??? must be filled in"),
         ("cluster: {", "cluster: 3 #", "cluster: must be a mapping (key: value lines), got 3"),
-        ("storage: runs", "storage: 's3://b/runs'", "cluster.storage: must be a path that every node sees"),
         (
             "validation.jsonl}",
             "validation.jsonl}\n  hub: {path: a}",

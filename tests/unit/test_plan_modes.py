@@ -196,7 +196,6 @@ def test_a_run_plans_with_the_nodes_that_it_finds_and_a_plan_with_those_of_the_r
         small_plans.cfg(adapters={"a": 5}, cluster={"deploy": deploy}),
         base,
         [Hardware.parse("8xH100-80GB")],
-        world=None,
         lora_targets=lambda *_: (),
     )
     assert (made.world_size, made.node_ranks) == (8, 4)
