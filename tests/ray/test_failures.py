@@ -19,7 +19,7 @@ from peftscale import driver, workers
 from peftscale.config import RunConfig
 from peftscale.errors import TrainingError
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 STEPS, CHECKPOINT_EVERY = 60, 10
 PROMPT = {"kind": "prompt", "length": 5, "init": "vocabulary"}

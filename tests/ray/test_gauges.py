@@ -15,7 +15,7 @@ from peftscale import driver, gauges, records, workers
 from peftscale.config import RunConfig
 from peftscale.records import StepRecord
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 DASHBOARD = Path(__file__).parents[2] / "cluster" / "monitoring" / "dashboard.json"
 

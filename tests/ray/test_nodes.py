@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 from peftscale import driver
 from peftscale.config import RunConfig
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 STEPS, CHECKPOINT_EVERY, NOTICE_S = 400, 50, 4
 QUICKLY = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
