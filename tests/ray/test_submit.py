@@ -104,9 +104,6 @@ def head() -> Iterator[Head]:
     finally:
         process.terminate()  # and what it started goes with it
         process.wait(60)
-        shutil.copytree(
-            here, "/tmp/sbx/last", dirs_exist_ok=True, symlinks=True, ignore=shutil.ignore_patterns("sockets")
-        )
         shutil.rmtree(here, ignore_errors=True)
 
 
