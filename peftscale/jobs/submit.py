@@ -145,7 +145,8 @@ class Cluster:
 
             for handler in logging.getLogger("ray").handlers:
                 handler.setLevel(logging.WARNING)
-            headers = {"Authorization": f"Bearer {self._token.value}"} if self._token else {}
+            # An empty one, too: without it Ray's client would look for a token itself, where we found none to send.
+            headers = {"Authorization": f"Bearer {self._token.value}" if self._token else ""}
             self._client = JobSubmissionClient(self.address, headers=headers)
 
     def newest(self, name: str) -> Submitted | None:

@@ -90,6 +90,7 @@ def head() -> Iterator[Head]:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "RAY_raylet_start_wait_time_s": "120",  # its 30 are too few on a busy machine
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # there is nobody to wait for at its end
         },
         stdout=said.open("w"),
         stderr=subprocess.STDOUT,
