@@ -30,7 +30,7 @@ from peftscale.data.tasks import TaskData
 from peftscale.errors import TrainingError
 from peftscale.plan import Plan, Work
 from peftscale.records import AdapterSummary, EvaluationRecord, RunSummary, StepRecord
-from peftscale.train import checkpoint, comm, evaluate, memory, optim, step, summary, worker, workload
+from peftscale.train import checkpoint, comm, departures, evaluate, memory, optim, step, summary, worker, workload
 from peftscale.train.checkpoint import AdapterProgress, Identity
 from peftscale.train.journal import Journal, Leaving, Watch, never
 
@@ -158,13 +158,14 @@ def _train(job: Job, planned: Plan) -> RunSummary:
     start -= job.seconds
     while progress.outcome is None:
         _step(job)
-        if progress.nonfinite_steps >= job.train.max_nonfinite_steps:
+        row, is_last = progress.nonfinite_steps, progress.steps == job.train.steps
+        if row >= job.train.max_nonfinite_steps or (is_last and departures.ends_badly(progress)):
             raise TrainingError(
-                f"{cfg.method}: the loss or gradient was not finite in {progress.nonfinite_steps} steps in a row, the "
+                f"{cfg.method}: the loss or gradient was not finite in {row} step{'s' * (row > 1)} in a row, the "
                 f"last one step {progress.steps}. Lower its learning_rate={job.train.learning_rate:g} or set its "
                 f"clip_norm; what was saved is kept in {job.learner.directory.parent}."
             )
-        if progress.steps == job.train.steps:
+        if is_last:
             progress.outcome = "finished"
         if progress.outcome or progress.steps % job.train.evaluate_every == 0:
             _evaluate(job)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from peftscale.config import RunConfig
 from peftscale.errors import TrainingError
 from peftscale.train import checkpoint
-from peftscale.train.checkpoint import State
+from peftscale.train.checkpoint import AdapterProgress, State
 
 
 def mark_done_(cfg: RunConfig, state: State, training: Sequence[str]) -> None:
@@ -22,8 +22,7 @@ def mark_done_(cfg: RunConfig, state: State, training: Sequence[str]) -> None:
     for name in training:
         progress = state.progress[name]
         row, is_last = progress.nonfinite_steps, progress.steps == cfg.adapter_train(name).steps
-        # At its end one step may be a bad batch; more, or nothing else, are no training.
-        if row >= limit or (is_last and (row > 1 or row == progress.steps)):
+        if row >= limit or (is_last and ends_badly(progress)):
             progress.outcome = "failed"
             what = "its values, loss or gradient were not finite"
             progress.reason = f"{what} in {row} step{'s' * (row > 1)} in a row, the last one step {state.step}"
@@ -35,6 +34,12 @@ def mark_done_(cfg: RunConfig, state: State, training: Sequence[str]) -> None:
         kept = next(iter(checkpoint.newest_first(cfg.checkpoints_dir)), None)
         found = f"the last checkpoint is {kept}" if kept else "no checkpoint had been written"
         raise TrainingError(f"{reasons}. {advice}; {found}.")
+
+
+def ends_badly(progress: AdapterProgress) -> bool:
+    """Whether the last steps were not finite: one may be a bad batch, more, or nothing else, are no training."""
+    row = progress.nonfinite_steps
+    return row > 1 or 0 < row == progress.steps
 
 
 def due(cfg: RunConfig, state: State, training: Sequence[str]) -> list[str]:

@@ -124,11 +124,7 @@ class AdapterOptimizer:
 
     def snapshot(self) -> Snapshot:
         """A copy of the tensors and of their moments as they are."""
-        return Snapshot(
-            [parameter.detach().clone() for parameter in self.parameters],
-            [{name: tensor.clone() for name, tensor in moments.items()} for moments in self.moments],
-            self.num_updates,
-        )
+        return snapshots([self])[0]
 
     def go_back(self, to: Snapshot) -> None:
         """Take over what `snapshot` gave: the updates since then have never been. It is used up."""
@@ -170,6 +166,23 @@ def update_(optimizers: Sequence[AdapterOptimizer], step: int) -> list[float]:
     return rates
 
 
+def snapshots(optimizers: Sequence[AdapterOptimizer]) -> list[Snapshot]:
+    """A copy of every adapter and its moments as they are, in one batch."""
+    if not optimizers:
+        return []
+    there = [[p.detach() for p in o.parameters] + [t for m in o.moments for t in m.values()] for o in optimizers]
+    copies = [[torch.empty_like(tensor) for tensor in tensors] for tensors in there]
+    torch._foreach_copy_([t for tensors in copies for t in tensors], [t for tensors in there for t in tensors])
+    found = []
+    for optimizer, tensors in zip(optimizers, copies, strict=True):
+        each = iter(tensors)
+        values = [next(each) for _ in optimizer.parameters]
+        found.append(
+            Snapshot(values, [{name: next(each) for name in m} for m in optimizer.moments], optimizer.num_updates)
+        )
+    return found
+
+
 def are_finite(groups: Sequence[Sequence[Tensor]], *, squared: bool = False) -> list[bool]:
     """Whether every value of every tensor of each group is finite: one batch of norms and one wait for the device.
 
@@ -179,29 +192,21 @@ def are_finite(groups: Sequence[Sequence[Tensor]], *, squared: bool = False) -> 
             clip norm take, and of adapters, whose squares the base's norms take: what is infinite there gives moves or
             gradients of exactly zero, and the adapter would stand still for good without a word.
     """
-    if squared:
-        filled = [group for group in groups if group]
-        if not filled:
-            return [True] * len(groups)
-        of_filled = iter(torch.stack(_norms(filled)).square().isfinite().tolist())
-        return [next(of_filled) if group else True for group in groups]
     tensors = [tensor for group in groups for tensor in group]
     if not tensors:
         return [True] * len(groups)
+    if squared:
+        return _sums_of_squares(groups).isfinite().tolist()
     # The largest magnitude, which NaN and infinity pass through; a sum of squares could overflow by itself.
     is_good = torch.stack(torch._foreach_norm(tensors, float("inf"))).isfinite().tolist()
     ends = list(itertools.accumulate(len(group) for group in groups))
     return [all(is_good[end - len(group) : end]) for group, end in zip(groups, ends, strict=True)]
 
 
-def _norms(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """The L2 norm of each group over all its tensors, of which it has at least one."""
-    norms = torch._foreach_norm([tensor for group in groups for tensor in group])
-    ends = list(itertools.accumulate(len(group) for group in groups))
-    return [
-        torch.linalg.vector_norm(torch.stack(norms[end - len(group) : end]))
-        for group, end in zip(groups, ends, strict=True)
-    ]
+def _sums_of_squares(groups: Sequence[Sequence[Tensor]]) -> Tensor:
+    """The sum of the squares of each group, in an order of its own. One group at least has a tensor."""
+    squares = torch.stack(torch._foreach_norm([tensor for group in groups for tensor in group])).square()
+    return torch.segment_reduce(squares, "sum", lengths=torch.tensor([len(g) for g in groups], device=squares.device))
 
 
 def _clip_(optimizers: Sequence[AdapterOptimizer]) -> None:
@@ -209,12 +214,11 @@ def _clip_(optimizers: Sequence[AdapterOptimizer]) -> None:
     if not optimizers:
         return
     groups = [_gradients(optimizer) for optimizer in optimizers]
-    scales: list[Tensor] = []
-    for optimizer, grads, norm in zip(optimizers, groups, _norms(groups), strict=True):
-        most = optimizer.cfg.clip_norm
-        assert most is not None
-        scales += [(most / (norm + 1e-6)).clamp(max=1.0)] * len(grads)
-    torch._foreach_mul_([grad for grads in groups for grad in grads], scales)
+    norms = _sums_of_squares(groups).sqrt()
+    most = torch.tensor([optimizer.cfg.clip_norm for optimizer in optimizers], device=norms.device)
+    # Numbers, not tensors: foreach has one kernel for those, and for tensors of other shapes one each.
+    scales = (most / (norms + 1e-6)).clamp(max=1.0).tolist()
+    torch._foreach_mul_([grad for grads in groups for grad in grads], _each(optimizers, scales))
 
 
 def _adamw_(optimizers: Sequence[AdapterOptimizer], rates: Sequence[float]) -> None:
@@ -252,7 +256,7 @@ def _adafactor_(optimizers: Sequence[AdapterOptimizer], rates: Sequence[float]) 
     torch._foreach_mul_(moves, grads)
     sizes = torch.tensor([move.numel() for move in moves], device=moves[0].device)
     rms = torch.stack(torch._foreach_norm(moves)) / sizes.sqrt()
-    torch._foreach_div_(moves, list((rms / _CLIP_RMS).clamp(min=1.0).unbind()))
+    torch._foreach_div_(moves, (rms / _CLIP_RMS).clamp(min=1.0).tolist())
     each = [rate * factor for o, rate in zip(optimizers, rates, strict=True) for factor in o.factors]
     torch._foreach_mul_(moves, each)
     # A rate of zero, at the very end of a schedule, leaves the adapter as it is.

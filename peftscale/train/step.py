@@ -90,7 +90,7 @@ def run(
     for name in cohort:
         if name not in moving:
             optimizers[name].clear()
-    stood = {name: optimizers[name].snapshot() for name in moving}
+    stood = dict(zip(moving, optim.snapshots([optimizers[name] for name in moving]), strict=True))
     rates = dict(zip(moving, optim.update_([optimizers[name] for name in moving], step), strict=True))
     moved = usable({name: cohort[name] for name in moving})
     for name in moving:

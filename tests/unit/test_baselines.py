@@ -312,14 +312,15 @@ def test_what_keeps_no_checkpoint_is_not_resumed(tmp_path: Path, changes: dict[s
         driver.run(cfg, resume=True, show=False)
 
 
+@pytest.mark.parametrize(("steps", "limit"), [(40, 3), (4, 10)], ids=["midway", "at its end"])
 @pytest.mark.parametrize(("changes", "kept"), [(LORA, "lora"), (FULL, "full_finetuning")], ids=["lora", "full"])
 def test_steps_that_are_not_finite_change_nothing_and_end_the_run(
-    tmp_path: Path, changes: dict[str, Any], kept: str
+    tmp_path: Path, changes: dict[str, Any], kept: str, steps: int, limit: int
 ) -> None:
     cfg = tiny.run_config(
-        tmp_path, **{**changes, "train.learning_rate": 1e30, "train.steps": 40, "train.max_nonfinite_steps": 3}
+        tmp_path, **{**changes, "train.learning_rate": 1e30, "train.steps": steps, "train.max_nonfinite_steps": limit}
     )
-    with pytest.raises(TrainingError, match=rf"{kept}: the loss or gradient was not finite in 3 steps in a row"):
+    with pytest.raises(TrainingError, match=rf"{kept}: the loss or gradient was not finite in [34] steps in a row"):
         driver.run(cfg, show=False)
     assert [row.skipped for row in _steps(cfg)][-3:] == [True] * 3
     if kept == "full_finetuning":

@@ -1,13 +1,17 @@
 """The optimizers are those of the paper, and their numbers are those of a hand calculation."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftscale.config import TrainConfig
-from peftscale.train.optim import AdapterOptimizer, are_finite, rate_at, update_
+from peftscale.train.optim import AdapterOptimizer, are_finite, rate_at, snapshots, update_
+
+aten = torch.ops.aten
 
 
 def _config(**changes: object) -> TrainConfig:
@@ -122,6 +126,37 @@ def test_one_update_of_a_cohort_is_bitwise_one_update_after_the_other_also_where
         for ones, others in zip(together, alone, strict=True):
             assert all(torch.equal(one, other) and one.grad is None for one, other in zip(ones, others, strict=True))
     assert [o.num_updates for o in batched] == [6, 6, 6, 6, 6]
+
+
+class _Kernels(TorchDispatchMode):
+    """Counts what computes: views and new memory are no work for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num += func not in (aten.detach.default, aten.view.default, aten.empty_like.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+def test_an_update_of_many_adapters_is_as_many_kernels_as_that_of_one(kind: str) -> None:
+    found = []
+    for num, looped in ((1, False), (32, False), (32, True)):
+        optimizers = [AdapterOptimizer([_prompt()], _config(optimizer=kind, clip_norm=1.0)) for _ in range(num)]
+        for step in range(2):  # the first one makes the moments
+            for optimizer in optimizers:
+                for value in optimizer.parameters:
+                    value.grad = torch.ones_like(value)
+            with _Kernels() as kernels:
+                for group in [[o] for o in optimizers] if looped else [optimizers]:
+                    snapshots(group)
+                    update_(group, step)
+                    are_finite([o.parameters for o in group], squared=True)
+        found.append(kernels.num)
+    assert found[1] == found[0]
+    assert found[2] == 32 * found[0]  # the control: one after the other
 
 
 def test_adamw_is_bitwise_that_of_torch() -> None:
