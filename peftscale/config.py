@@ -467,6 +467,11 @@ class RunConfig(Frozen):
         return self.run_dir / "summary.json"
 
     @property
+    def failure_path(self) -> Path:
+        """Why the run was given up, where workers are started again after a failure; gone while it goes on."""
+        return self.run_dir / "failure.txt"
+
+    @property
     def logs_dir(self) -> Path:
         """A file of every rank."""
         return self.run_dir / "logs"

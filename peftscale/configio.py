@@ -451,8 +451,9 @@ def _unused(settings: dict[str, Any], lists: dict[tuple[str, ...], list[Any]]) -
     unused = set[str]()
     if len(lists.get(("init",), ())) > 1:
         unused |= {f"init_{key}" for key in ("text", "labels", "adapter") if settings["init"] != key}
-        if settings.get("kind") == "prompt" and settings["init"] in ("random", "text", "adapter"):
-            unused.add("init_top")
+    is_listed = ("init",) in lists or ("init_top",) in lists
+    if is_listed and settings.get("kind") == "prompt" and settings.get("init") in ("random", "text", "adapter"):
+        unused.add("init_top")
     if len(lists.get(("reparam",), ())) > 1 and settings["reparam"] == "none":
         unused.add("reparam_hidden_size")
     return unused

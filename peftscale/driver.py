@@ -11,9 +11,11 @@ import os
 import shutil
 import traceback
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from peftscale import (
     auth,
@@ -60,19 +62,25 @@ def run(cfg: RunConfig, *, resume: bool = False, show: bool = True) -> RunSummar
     if cfg.cluster.max_workers > 0:
         _check_resources(cfg)  # before anything is written
     mirror = storage.Mirror(cfg)
-    made = _open_run_dir(cfg, mirror, resume=resume) if is_main else []
-    try:
-        followed = progress.followed(cfg.metrics_path, cfg, show=show, refresh=mirror.follow)
-        view = followed if is_main else contextlib.nullcontext()
-        with view:
-            return RunSummary.model_validate(_work(cfg, "train", {}))
-    except PeftscaleError:
-        if made and not mirror.has_results():
-            shutil.rmtree(cfg.run_dir, ignore_errors=True)  # the name stays free for the corrected run
-            _remove_empty(made)
-            with contextlib.suppress(PeftscaleError):
-                mirror.remove()
-        raise
+    with _alone(cfg) if is_main else contextlib.nullcontext():
+        made = _open_run_dir(cfg, mirror, resume=resume) if is_main else []
+        try:
+            followed = progress.followed(cfg.metrics_path, cfg, show=show, refresh=mirror.follow)
+            view = followed if is_main else contextlib.nullcontext()
+            with view:
+                return RunSummary.model_validate(_work(cfg, "train", {}))
+        except PeftscaleError as error:
+            if made and not mirror.has_results():
+                shutil.rmtree(cfg.run_dir, ignore_errors=True)  # the name stays free for the corrected run
+                _remove_empty(made)
+                with contextlib.suppress(PeftscaleError):
+                    mirror.remove()
+            else:
+                _give_up(cfg, mirror, error)
+            raise
+        except BaseException as error:
+            _give_up(cfg, mirror, error)
+            raise
 
 
 def finished(cfg: RunConfig) -> RunSummary:
@@ -91,9 +99,7 @@ def finished(cfg: RunConfig) -> RunSummary:
             f"name: the run {cfg.name!r} in {cfg.cluster.storage} has other settings than this one. Remove it, or "
             f"choose another name."
         )
-    if cfg.summary_path.exists():
-        return RunSummary.model_validate_json(cfg.summary_path.read_text())
-    return run(cfg, resume=True)
+    return records.read_summary(cfg.summary_path) or run(cfg, resume=True)
 
 
 def evaluate(
@@ -315,6 +321,7 @@ def _open_run_dir(cfg: RunConfig, mirror: storage.Mirror, *, resume: bool) -> li
                 f"--resume {cfg.name}: no such run in {cfg.cluster.storage}; there is {', '.join(known) or 'none'}."
             )
         records.mend(cfg.metrics_path)
+        cfg.failure_path.unlink(missing_ok=True)
         return []
     made = [path for path in (cfg.run_dir, *cfg.run_dir.parents) if not path.exists()]
     try:
@@ -339,6 +346,37 @@ def _open_run_dir(cfg: RunConfig, mirror: storage.Mirror, *, resume: bool) -> li
             f"make room."
         ) from error
     return made
+
+
+@contextlib.contextmanager
+def _alone(cfg: RunConfig) -> Iterator[None]:
+    """Hold the run's name for this process: two that go on with one run would write over each other's checkpoints."""
+    where = cfg.run_dir.with_name(f".{cfg.name}.running")
+    lock = FileLock(where, timeout=0)
+    try:
+        where.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"name: another process works on the run {cfg.name!r} in {cfg.cluster.storage}. Wait for its end, or "
+            f"stop it."
+        ) from None
+    except (OSError, NotImplementedError) as error:  # what cannot be written is said when the run is opened
+        log.debug("%s: no lock is held: %s", where, error)
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            where.unlink(missing_ok=True)  # while it is held: nobody can have taken it by its name
+        lock.release()
+
+
+def _give_up(cfg: RunConfig, mirror: storage.Mirror, error: BaseException) -> None:
+    """Leave the word by which `status` knows that nobody will start the workers again."""
+    if cfg.cluster.max_workers > 0 and cfg.run_dir.exists():
+        with contextlib.suppress(OSError, PeftscaleError):
+            cfg.failure_path.write_text(redaction.redacted(str(error) or type(error).__name__))
+            mirror.push()
 
 
 def _remove_empty(directories: Sequence[Path]) -> None:

@@ -7,7 +7,7 @@ import datetime
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
@@ -190,6 +190,31 @@ class RunSummary(Row):
     adapters: dict[str, AdapterSummary]
 
 
+def write_summary(path: Path, summary: RunSummary) -> None:
+    """Whole or not at all: a run whose summary stands has ended.
+
+    Raises:
+        OSError: the disk is full. A summary that stood there still stands.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(summary.model_dump_json(indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_summary(path: Path) -> RunSummary | None:
+    """None where there is none, or one that is damaged: the run has to end once more."""
+    try:
+        return RunSummary.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+
+
 Record = StepRecord | EvaluationRecord | NoteRecord | BenchRecord
 _ROW: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
 
@@ -198,10 +223,16 @@ def append(path: str | Path, record: Record) -> None:
     """Add the record as one line of JSON and flush it, so that a killed run leaves whole lines.
 
     Raises:
-        OSError: the disk is full or the folder is not there.
+        OSError: the disk is full or the folder is not there. Nothing of the record is left then.
     """
-    with Path(path).open("a", encoding="utf-8") as file:
-        file.write(record.model_dump_json() + "\n")
+    with Path(path).open("ab") as file:
+        start = file.tell()
+        try:
+            file.write(f"{record.model_dump_json()}\n".encode())
+            file.flush()
+        except OSError:
+            os.truncate(path, start)
+            raise
 
 
 def mend(path: str | Path) -> None:
@@ -214,27 +245,34 @@ def mend(path: str | Path) -> None:
             os.truncate(path, num_whole)
 
 
-def read(path: str | Path) -> Iterator[Record]:
+def read(path: str | Path, *, passed_over: Callable[[str], None] | None = None) -> Iterator[Record]:
     """The records of a file in their order. A last line without its end was cut by a kill and is left out.
 
+    Args:
+        path: of the file.
+        passed_over: told of a line that is no record, which is then left out: for those who have to come to an end.
+
     Raises:
-        DataError: a line is no record; the message has its number.
+        DataError: a line is no record and nobody is told; the message has its number.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = Path(path).read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
+        if not line.endswith(b"\n"):
             return
         try:
-            yield parse(line)
+            row = parse(line)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"]))
-            raise DataError(
-                f"{path}: line {number} is no record: {where}: {first['msg']}".replace(": :", ":")
-            ) from None
+            text = f"{path}: line {number} is no record: {where}: {first['msg']}".replace(": :", ":")
+            if passed_over is None:
+                raise DataError(text) from None
+            passed_over(text)
+        else:
+            yield row
 
 
-def parse(line: str) -> Record:
+def parse(line: str | bytes) -> Record:
     """One line of a records file.
 
     Raises:

@@ -1,14 +1,20 @@
 """Status: how runs stand, from the files that they write. Nobody is asked: a run elsewhere needs its storage alone."""
 
 import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from peftscale import configio, logs, records
+from peftscale.config import RunConfig
 from peftscale.errors import CheckpointError
 from peftscale.records import EvaluationRecord, Row, StepRecord
 
+log = logging.getLogger(__name__)
+
+_STORE_S = 60.0
+"""Files that are written one after the other reach an object store in any order within it."""
 _SILENT_S = 60.0
 """A run that has written nothing for so long, and for five of its own steps, may have died."""
 
@@ -19,7 +25,8 @@ class RunStatus(Row):
     name: str
     dir: str
     state: str
-    """ended, failed (a rank said why), going on, or silent: it has not ended and writes nothing."""
+    """ended, failed (it was given up), restarting (a rank failed, and its group is started again), going on, or silent:
+    it has not ended and writes nothing."""
     step: int
     num_steps: int
     training: tuple[str, ...]
@@ -37,7 +44,7 @@ class RunStatus(Row):
     checkpoint: str | None
     """The newest one."""
     error: str | None
-    """What ended the ranks that began the last time (`logs.cause`)."""
+    """What ended the ranks that began the last time (`logs.cause`), or why the run was given up."""
 
 
 def find(where: Path, *, called: str | None = None) -> list[Path]:
@@ -94,22 +101,30 @@ def of(directory: Path) -> RunStatus:
 
     Raises:
         ConfigError: its run.json is not ours.
-        DataError: a whole line of its metrics is no record.
     """
     cfg = configio.from_dict(json.loads((directory / "run.json").read_text()))
     metrics = directory / "metrics.jsonl"
-    rows = list(records.read(metrics)) if metrics.exists() else []
+    rows = list(records.read(metrics, passed_over=log.warning)) if metrics.exists() else []
     steps = [row for row in rows if isinstance(row, StepRecord)]
     last = steps[-1] if steps else None
     pace = sorted(row.seconds for row in steps[-20:])[len(steps[-20:]) // 2] if steps else 0.0
     silent = time.time() - _last_sign(directory)
-    has_ended = (directory / "summary.json").exists()
+    has_ended = records.read_summary(directory / "summary.json") is not None
     is_going = not has_ended and silent < max(_SILENT_S, 5 * pace)
     failure = None if has_ended else logs.cause(directory / "logs")
+    given_up = None if has_ended else _given_up(directory, cfg)
+    if has_ended:
+        state = "ended"
+    elif given_up or (failure and cfg.cluster.max_workers == 0):  # nobody starts ranks of torchrun again
+        state = "failed"
+    elif is_going:
+        state = "restarting" if failure else "going on"
+    else:
+        state = "silent"
     return RunStatus(
         name=cfg.name,
         dir=str(directory),
-        state="ended" if has_ended else "failed" if failure else "going on" if is_going else "silent",
+        state=state,
         step=last.step if last else 0,
         num_steps=cfg.num_steps,
         training=() if has_ended or last is None else tuple(last.adapters),
@@ -121,8 +136,16 @@ def of(directory: Path) -> RunStatus:
         seconds_left=pace * (cfg.num_steps - last.step) if last and is_going else None,
         silent_seconds=silent,
         checkpoint=_newest_checkpoint(directory),
-        error=failure,
+        error=failure or given_up,
     )
+
+
+def _given_up(directory: Path, cfg: RunConfig) -> str | None:
+    """Why, if nothing was written since: a store keeps the word of a run that was gone on with."""
+    path = directory / cfg.failure_path.name
+    if not path.exists() or path.stat().st_mtime < _last_sign(directory) - _STORE_S:
+        return None
+    return path.read_text()
 
 
 def _newest_checkpoint(directory: Path) -> str | None:

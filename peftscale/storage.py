@@ -28,7 +28,7 @@ from peftscale.config import RunConfig, is_url
 from peftscale.errors import CheckpointError, ConfigError
 
 _MANIFEST = "manifest.json"
-_OF_STATUS = ("run.json", "metrics.jsonl", "summary.json")
+_OF_STATUS = ("run.json", "metrics.jsonl", "summary.json", "failure.txt")
 _ROWS_EVERY_S, _READ_EVERY_S = 30.0, 5.0
 _BLOCK = 2**20
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")

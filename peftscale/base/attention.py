@@ -62,7 +62,7 @@ class Batch:
         if window is not None:
             sees &= distance < window
         mask = torch.zeros(distance.shape, dtype=dtype, device=distance.device)
-        # A padded query sees nothing: finite, so that its row is a mean of something and not NaN.
+        # Finite, so that a row without anything to see is a mean of something and not NaN; nobody reads padded queries.
         return mask.masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
 
 

@@ -65,7 +65,7 @@ def small_copy_differs(config: PretrainedConfig) -> str | None:
 
 
 def small_copy(config: PretrainedConfig) -> PreTrainedModel:
-    """A random float32 model with the config's kinds of layers, two of each in their order, and small sizes."""
+    """A random float32 model with the config's kinds of layers as its `layer_types` names them, and small sizes."""
     small = copy.deepcopy(config.get_text_config())
     kinds: list[str] | None = getattr(small, "layer_types", None)
     depth = min(small.num_hidden_layers, 2 if kinds is None else _layers_with_every_kind(kinds))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from peftscale import records
 from peftscale.adapters import SoftPrompt
 from peftscale.base.load import Base
 from peftscale.baseline_config import FewShotConfig
@@ -110,7 +111,7 @@ def run(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, watch: Wa
         peak_rank_bytes=max(comm.gather_objects(peak.peak_bytes())),
         adapters={_NAME: _untrained(before.metrics, after)},
     )
-    journal.write(lambda: cfg.summary_path.write_text(ended.model_dump_json(indent=1)))
+    journal.write(lambda: records.write_summary(cfg.summary_path, ended))
     return ended
 
 

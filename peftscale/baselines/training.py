@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from peftscale import configio
+from peftscale import configio, records
 from peftscale.base import load as base_load
 from peftscale.base import pack
 from peftscale.base.load import Base
@@ -146,10 +146,9 @@ def _take(job: Job, cursor: Cursor) -> tuple[list[Item], Cursor]:
 
 def _train(job: Job, planned: Plan) -> RunSummary:
     cfg, split, start = job.cfg, worker.reported_split(job.task), time.perf_counter()
-    ended = cfg.summary_path
-    stands = comm.gather_objects(ended.read_text() if comm.rank() == 0 and ended.exists() else None)
-    if stands[0]:  # a run that had ended is resumed: its figures stand
-        return RunSummary.model_validate_json(stands[0])
+    stands = comm.gather_objects(records.read_summary(cfg.summary_path) if comm.rank() == 0 else None)[0]
+    if stands:  # a run that had ended is resumed: its figures stand
+        return cast(RunSummary, stands)
     if not _take_over(job):
         _note_start(job)
         job.progress.before = _evaluated(job, split, f"{split} without training")
@@ -254,6 +253,8 @@ def _evaluate(job: Job) -> None:
         progress.best, progress.best_step, progress.stale_evaluations = found, progress.steps, 0
         job.learner.keep()
         return
+    if progress.nonfinite_steps:  # nothing has moved: this is no evaluation without progress, but no training
+        return
     progress.stale_evaluations += 1
     if progress.outcome is None and patience is not None and progress.stale_evaluations >= patience:
         progress.outcome = "stopped early"
@@ -313,8 +314,6 @@ def _note_start(job: Job) -> None:
 
 def _finish(job: Job, planned: Plan, after: dict[str, float], seconds: float) -> RunSummary:
     cfg, progress, folder = job.cfg, job.progress, job.learner.directory
-    # Every rank takes rank 0's: the file is its own, and it holds the steps before a restart too.
-    rows = comm.gather_objects(summary.steps_of(cfg.metrics_path) if comm.rank() == 0 else None)[0]
     result = AdapterSummary(
         dir=str(folder),
         file_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
@@ -326,7 +325,7 @@ def _finish(job: Job, planned: Plan, after: dict[str, float], seconds: float) ->
         after=after,
     )
     ended = summary.make(
-        rows,
+        summary.steps_of_rank_0(cfg, job.journal, step=progress.steps),
         planned,
         name=cfg.name,
         is_packed=False,
@@ -334,5 +333,5 @@ def _finish(job: Job, planned: Plan, after: dict[str, float], seconds: float) ->
         peak_rank_bytes=max(comm.gather_objects(job.memory.peak_bytes())),
         adapters={cfg.method: result},
     )
-    job.journal.write(lambda: cfg.summary_path.write_text(ended.model_dump_json(indent=1)))
+    job.journal.write(lambda: records.write_summary(cfg.summary_path, ended))
     return ended

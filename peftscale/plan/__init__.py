@@ -18,6 +18,7 @@ from peftscale.plan.memory import (
     Setting,
     activation_bytes,
     attention_bytes,
+    copies_keys,
     evaluation_bytes,
     gathered_bytes,
     peak_bytes,
@@ -118,7 +119,8 @@ def make(
     def setting_of(mode: Mode) -> Setting:
         held_by = holders(mode, world=world, node_ranks=hardware.ranks_per_node(world))
         stored, checkpoints = cfg.base.quantization, cfg.base.checkpoint_activations
-        return Setting(world, held_by, stored, checkpoints, attention_bytes(cfg, hardware), work)
+        element, copies = attention_bytes(cfg, hardware), copies_keys(hardware)
+        return Setting(world, held_by, stored, checkpoints, element, copies, work)
 
     def peak_of(mode: Mode) -> int:
         return peak_bytes(rank_parts(cfg, facts, setting_of(mode)))

@@ -37,12 +37,19 @@ class Setting:
     checkpoints: bool
     attention_bytes: int
     """Of an element in attention."""
+    copies_keys: bool
+    """Packed attention has a copy of a shared prompt's keys and values for each row."""
     work: Work
 
 
 def attention_bytes(cfg: RunConfig, hardware: Hardware) -> int:
     """Packed attention on a CPU computes in float32."""
     return 4 if hardware.kind == "cpu" and cfg.train.packing == "auto" else dtype_bytes(cfg.base.compute_dtype)
+
+
+def copies_keys(hardware: Hardware) -> bool:
+    """FlexAttention, which is taken on GPUs where it is exact, reads them in place."""
+    return hardware.kind == "cpu"
 
 
 def peak_bytes(parts: Mapping[str, int]) -> int:
@@ -73,6 +80,7 @@ def rank_parts(cfg: RunConfig, facts: BaseFacts, setting: Setting) -> dict[str, 
             decoder_tokens=decoder_tokens(cfg, size) if facts.is_encoder_decoder else 0,
             row_tokens=size.row_tokens,
             attention_bytes=setting.attention_bytes,
+            shared_tokens=size.shared_tokens if setting.copies_keys else 0,
         )
         + prefixes,
         "dequantized_bytes": dequantized_bytes(facts, setting.quantization, dense),
@@ -125,6 +133,7 @@ def activation_bytes(
     decoder_tokens: int = 0,
     row_tokens: int = 1,
     attention_bytes: int | None = None,
+    shared_tokens: int = 0,
 ) -> int:
     """Bytes of activations of one pass of `tokens` tokens, e = `dense_bytes` an element.
 
@@ -134,7 +143,8 @@ def activation_bytes(
     A for norms of queries and keys); 4 bytes a head and a norm for their scalars. A frozen linear keeps nothing.
     A block of a decoder beside an encoder also keeps e * 2A for each of its own tokens (query and output of the cross
     attention) and for each of the encoder's (key and value). T5's blocks keep a mask with their bias, e * heads for
-    each pair of tokens of a row that see each other.
+    each pair of tokens of a row that see each other. Where a pass is packed, attention keeps e * 2K more for each row
+    and virtual token that it sees.
     With checkpointing, every block keeps its input e * H, and one block at a time keeps all of the above. On top:
     3 e * max(F, A) for gradients in flight and 8 H for the last norm. All other attention is counted as linear in the
     row's length; the eager one of families without scaled-dot-product attention takes more.
@@ -148,6 +158,7 @@ def activation_bytes(
         decoder_tokens: those of `tokens` that go through the decoder of an encoder-decoder.
         row_tokens: of one row of its encoder.
         attention_bytes: of an element in attention, where it is not `dense_bytes`.
+        shared_tokens: virtual tokens that are computed once and copied for each row, counted for every row.
     """
     blocks, attention = _blocks(facts), attention_bytes or dense_bytes
     num_encoder_blocks = len(blocks) - facts.num_decoder_layers
@@ -155,8 +166,10 @@ def activation_bytes(
     pair_bytes = _pair_bytes(facts, dense_bytes)
     decoder_row_tokens = decoder_tokens * row_tokens // max(1, text_tokens)
     each = []
+    copied = shared_tokens * 2 * facts.num_kv_heads * facts.head_dim * attention
     for unit in blocks[:num_encoder_blocks]:
-        each.append(text_tokens * (_block_activation(unit, facts, dense_bytes, attention) + row_tokens * pair_bytes))
+        own = _block_activation(unit, facts, dense_bytes, attention) + row_tokens * pair_bytes
+        each.append(text_tokens * own + copied)
     for unit in blocks[num_encoder_blocks:]:
         own = (
             _block_activation(unit, facts, dense_bytes, attention)

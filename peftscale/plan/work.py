@@ -27,13 +27,16 @@ class PassSize:
     """Of the longest row, without its targets and what it writes."""
     new_tokens: int = 0
     """Room of each row for what it writes."""
+    shared_tokens: int = 0
+    """Of packed passes: virtual tokens that each row sees and that are computed once, counted for every row."""
 
     def within(self, tokens: int) -> Self:
         """The same work in passes of at most so many tokens."""
         if tokens >= self.tokens:
             return self
-        rows, targets = (math.ceil(count * tokens / self.tokens) for count in (self.rows, self.targets))
-        return replace(self, tokens=tokens, rows=rows, targets=targets)
+        counts = (self.rows, self.targets, self.shared_tokens)
+        rows, targets, shared = (math.ceil(count * tokens / self.tokens) for count in counts)
+        return replace(self, tokens=tokens, rows=rows, targets=targets, shared_tokens=shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,8 @@ def expected(cfg: RunConfig, facts: BaseFacts, *, world: int) -> Work:
         in_step = min(passes * tokens, rows * (text + target) + _prompt_tokens(cfg, facts, world=world, passes=passes))
     # Rows as short as they can be, as many as there are.
     num = max(1, min(rows, tokens // (min(virtual) + 1 + target)))
-    step = PassSize(tokens, num, num * target, min(tokens, max(virtual) + text))
+    shared = num * max(virtual) if _is_packed(cfg, facts) else 0
+    step = PassSize(tokens, num, num * target, min(tokens, max(virtual) + text), shared_tokens=shared)
     if cfg.method == "few_shot":
         passes, in_step, step = 0, 0, PassSize(0, 0, 0, 0)
     return Work(passes, in_step, step, _evaluated(cfg, text=text, virtual=max(virtual)))
@@ -145,9 +149,13 @@ def _virtual(cfg: RunConfig, facts: BaseFacts) -> list[int]:
     return [positions(a, facts) for a in cfg.adapters.values()] if cfg.method == "adapters" else [0]
 
 
+def _is_packed(cfg: RunConfig, facts: BaseFacts) -> bool:
+    return cfg.method == "adapters" and cfg.train.packing == "auto" and not facts.is_encoder_decoder
+
+
 def _prompt_tokens(cfg: RunConfig, facts: BaseFacts, *, world: int, passes: int) -> int:
     """Virtual tokens of a step. Packed passes, where they are not off, compute a prompt once each."""
     virtual = _virtual(cfg, facts)
-    if cfg.train.packing == "auto" and not facts.is_encoder_decoder:
+    if _is_packed(cfg, facts):
         return max(passes * max(virtual), math.ceil(sum(virtual) / world))
     return step_rows(cfg, world) * max(virtual)

@@ -154,7 +154,9 @@ def write_(
             f"{sum(map(len, files.values()))} bytes. The last good one is {last or 'none'}. "
             f"Make room and {'go on with --resume' if last else 'start the run again'}."
         ) from error
-    for old in newest_first(root)[keep:]:
+    standing = newest_first(root)
+    # One of a later step was passed over when the run went on, as it is damaged: it takes no good one's place.
+    for old in standing[standing.index(target) :][keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 

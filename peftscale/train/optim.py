@@ -206,7 +206,8 @@ def are_finite(groups: Sequence[Sequence[Tensor]], *, squared: bool = False) -> 
 def _sums_of_squares(groups: Sequence[Sequence[Tensor]]) -> Tensor:
     """The sum of the squares of each group, in an order of its own. One group at least has a tensor."""
     squares = torch.stack(torch._foreach_norm([tensor for group in groups for tensor in group])).square()
-    return torch.segment_reduce(squares, "sum", lengths=torch.tensor([len(g) for g in groups], device=squares.device))
+    lengths = torch.tensor([len(group) for group in groups], device=squares.device)
+    return torch.segment_reduce(squares, "sum", lengths=lengths, unsafe=True)  # to check them a GPU would be waited for
 
 
 def _clip_(optimizers: Sequence[AdapterOptimizer]) -> None:

@@ -4,12 +4,15 @@ Adapters and scores are handed in; the steps are read from the run's own metrics
 """
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 from peftscale import records
+from peftscale.config import RunConfig
 from peftscale.records import AdapterSummary, RunSummary, StepRecord
+from peftscale.train import comm
+from peftscale.train.journal import Journal
 
 
 class Prediction(Protocol):
@@ -33,10 +36,28 @@ class Prediction(Protocol):
     def step_s(self) -> float | None: ...
 
 
-def steps_of(metrics: Path) -> list[StepRecord]:
-    """The steps of a run in their order; of a step that was repeated after a restart, the last record."""
-    rows = {row.step: row for row in records.read(metrics) if isinstance(row, StepRecord)} if metrics.exists() else {}
+def steps_of(metrics: Path, *, passed_over: Callable[[str], None] | None = None) -> list[StepRecord]:
+    """The steps of a run in their order; of a step that was repeated after a restart, the last record.
+
+    Args:
+        metrics: the run's file; none yet, no steps.
+        passed_over: as of `records.read`.
+    """
+    read = records.read(metrics, passed_over=passed_over) if metrics.exists() else ()
+    rows = {row.step: row for row in read if isinstance(row, StepRecord)}
     return [rows[step] for step in sorted(rows)]
+
+
+def steps_of_rank_0(cfg: RunConfig, journal: Journal, *, step: int) -> list[StepRecord]:
+    """The same on every rank: the file is rank 0's own, and it holds the steps before a restart too.
+
+    A line that is no record is noted and left out: a run that has trained does not fail over its figures.
+    """
+
+    def local() -> list[StepRecord]:
+        return steps_of(cfg.metrics_path, passed_over=lambda text: journal.note(step, text))
+
+    return cast(list[StepRecord], comm.gather_objects(comm.together(lambda: local() if comm.rank() == 0 else []))[0])
 
 
 def make(

@@ -7,6 +7,7 @@ Runs alike in this process, under torchrun, and in a Ray worker. What it learns 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -145,10 +146,9 @@ def train(job: Job) -> records.RunSummary:
     """The loop."""
     cfg, state = job.cfg, job.state
     start = time.perf_counter() - state.seconds
-    ended = job.cfg.summary_path
-    stands = comm.gather_objects(ended.read_text() if comm.rank() == 0 and ended.exists() else None)[0]
+    stands = comm.gather_objects(records.read_summary(cfg.summary_path) if comm.rank() == 0 else None)[0]
     if stands:  # a run that had ended is resumed: its figures stand
-        return records.RunSummary.model_validate_json(stands)
+        return cast(records.RunSummary, stands)
     if state.step == 0:
         _evaluate_before(job)
         _evaluate(job, state.training)
@@ -357,10 +357,8 @@ def _finish(job: Job, seconds: float) -> records.RunSummary:
     for (name, split), result in zip(splits.items(), results, strict=True):
         after[name] = result.metrics
         _record_evaluation(job, name, split, result)
-    # Every rank takes rank 0's: the file is its own, and it holds the steps before a restart too.
-    rows = comm.gather_objects(summary.steps_of(job.cfg.metrics_path) if comm.rank() == 0 else None)[0]
     ended = summary.make(
-        rows,
+        summary.steps_of_rank_0(job.cfg, job.journal, step=state.step),
         job.plan,
         name=job.cfg.name,
         is_packed=job.base.is_packed,
@@ -368,7 +366,7 @@ def _finish(job: Job, seconds: float) -> records.RunSummary:
         peak_rank_bytes=max(comm.gather_objects(job.memory.peak_bytes())),
         adapters={name: _adapter_summary(job, name, after.get(name, {})) for name in state.cohort},
     )
-    job.journal.write(lambda: job.cfg.summary_path.write_text(ended.model_dump_json(indent=1)))
+    job.journal.write(lambda: records.write_summary(job.cfg.summary_path, ended))
     return ended
 
 

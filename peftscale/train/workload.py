@@ -53,6 +53,7 @@ def size_of(ranks: Iterable[Sequence[Sequence[Item]]], *, is_packed: bool) -> Pa
                 targets=sum(len(item.target_ids) for item in rows),
                 row_tokens=max(item.num_tokens - len(item.target_ids) - item.num_new_tokens for item in rows),
                 new_tokens=max(item.num_new_tokens for item in rows),
+                shared_tokens=sum(item.prompt_length for item in rows) if is_packed else 0,
             )
             for passes in ranks
             for rows in passes

@@ -6,9 +6,9 @@ node.
 A killed worker must cost time and nothing else: the run finishes, its adapters are bitwise those of an undisturbed run,
 no example is skipped or met twice, and no kill costs more than `checkpoint_every` steps. Three kills of four come at a
 random step of a stretch of their own and a random moment after it, so wherever the workers then are: in a step, an
-evaluation, a save; the fourth comes while a group that was just started is loading. The second run begins on one node
-of a Ray cluster and has to grow when another one joins it. Prints a table, appends one BenchRecord, ends with code 1
-where anything of this is not so.
+evaluation, a save; the fourth comes within a second of the start of the group that the third one brought about. The
+second run begins on one node of a Ray cluster and has to grow when another one joins it. Prints a table, appends one
+BenchRecord, ends with code 1 where anything of this is not so.
 """
 
 import random
@@ -32,7 +32,7 @@ import tiny
 import typer
 from ray.cluster_utils import Cluster
 
-from peftscale import configio, driver, logs, records, workers
+from peftscale import configio, driver, records, workers
 from peftscale.config import RunConfig
 
 RETRIES, CHECKPOINT_EVERY = 25, 10
@@ -46,7 +46,11 @@ class Kill:
     at_step: int
     """Steps taken by then."""
     while_loading: bool
-    recovery_s: float
+    """The group had not taken a step since the kill before."""
+    num_rows: int
+    """Steps on record by then, repeated ones too."""
+    killed_s: float
+    recovery_s: float | None = None
     """Until the next step was taken."""
 
 
@@ -83,37 +87,42 @@ class Killer:
 
     def work(self) -> None:
         try:
+            group: list[psutil.Process] = []
             old: list[psutil.Process] = []
             for number in range(self._number):
-                self._wait_for(lambda: bool(runs.steps(self._cfg)))
-                group = ray_workers.fresh(2, old, timeout_s=PATIENCE_S)
-                self._kill_one(group, number)
                 old += group
+                group = ray_workers.fresh(2, old, timeout_s=PATIENCE_S)
+                if number % 4 == 3:  # the group that the kill before brought about, before it can have taken a step
+                    self._kill(group, after_s=1.0)
+                else:
+                    self._wait_for_step()
+                    stretch = self._cfg.num_steps // self._number
+                    step = number * stretch + self._draw.randrange(stretch)
+                    self._wait_for(lambda step=step: self._step() >= step)
+                    self._kill(group, after_s=0.2)
+            ray_workers.fresh(2, old + group, timeout_s=PATIENCE_S)
+            self._wait_for_step()
         except BaseException as error:
             self.failed = error
 
-    def _kill_one(self, group: list[psutil.Process], number: int) -> None:
-        while_loading = number % 4 == 3
-        if not while_loading:
-            stretch = self._cfg.num_steps // self._number
-            step = number * stretch + self._draw.randrange(stretch)
-            self._wait_for(lambda: self._step() >= step)
-        time.sleep(self._draw.uniform(0, 2.0 if while_loading else 0.2))
-        at_step, killed_s, begun = self._step(), time.monotonic(), self._begun()
-        self._draw.choice(group).kill()
-        self._wait_for(lambda: self._begun() > begun)
+    def _kill(self, group: list[psutil.Process], *, after_s: float) -> None:
+        time.sleep(self._draw.uniform(0, after_s))
         num_rows = len(runs.steps(self._cfg))
+        is_loading = bool(self.kills) and num_rows == self.kills[-1].num_rows
+        self.kills.append(Kill(self._step(), is_loading, num_rows, time.monotonic()))
+        self._draw.choice(group).kill()
+        print(f"kill {len(self.kills)}: at step {self._step()}{', while loading' * is_loading}", flush=True)
+
+    def _wait_for_step(self) -> None:
+        """Of the group that is there; it ends the recovery from the kills before."""
+        num_rows = len(runs.steps(self._cfg))  # counted now: the group before may have finished a step as it died
         self._wait_for(lambda: len(runs.steps(self._cfg)) > num_rows)
-        kill = Kill(at_step, while_loading, time.monotonic() - killed_s)
-        self.kills.append(kill)
-        print(f"kill {number + 1}: at step {kill.at_step}, went on after {kill.recovery_s:.1f} s", flush=True)
+        for kill in self.kills:
+            if kill.recovery_s is None:
+                kill.recovery_s = time.monotonic() - kill.killed_s
 
     def _step(self) -> int:
         return max((row.step for row in runs.steps(self._cfg)), default=0)
-
-    def _begun(self) -> int:
-        """Groups that have started so far."""
-        return sum(line.message == "begins" for line in logs.read(self._cfg.logs_dir, ranks=[0]))
 
     def _wait_for(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE_S
@@ -140,7 +149,7 @@ def survive(tmp: Path, *, kills: int, steps: int, seed: int) -> dict[str, float]
         start_s = time.monotonic()
         driver.run(stormy, show=False)
         stormy_s = time.monotonic() - start_s
-        thread.join(timeout=1)
+        thread.join(timeout=5)
     finally:
         ray.shutdown()
     if killer.failed is not None:
@@ -151,7 +160,8 @@ def survive(tmp: Path, *, kills: int, steps: int, seed: int) -> dict[str, float]
     assert runs.texts(stormy) == runs.texts(calm)
     repeated = runs.repeated(stormy)
     assert max(repeated) <= CHECKPOINT_EVERY and len(repeated) <= kills
-    recovery = [kill.recovery_s for kill in killer.kills]
+    recovery = [kill.recovery_s for kill in killer.kills if kill.recovery_s is not None]
+    assert len(recovery) == kills
     return {
         "kills": kills,
         "kills_while_loading": sum(kill.while_loading for kill in killer.kills),

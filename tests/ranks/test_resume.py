@@ -62,7 +62,7 @@ def test_two_then_one_then_three_ranks_see_the_same_examples_and_end_where_one_r
     ]
     assert runs.texts(mixed) == runs.texts(alone)
     assert len(set(runs.texts(mixed))) == 8  # other examples would be seen
-    assert runs.apart(mixed, alone, "mood") < 1e-5  # MEASURED
+    assert runs.apart(mixed, alone, "mood") < 1e-5
 
 
 def test_the_gradient_state_is_not_restored_by_chance(tmp_path: Path) -> None:

@@ -153,6 +153,7 @@ def test_lists_become_their_product_with_names_of_what_varies(write: Write) -> N
          ["a-adamw-steps20", "a-adamw-steps50", "a-adafactor-steps20", "a-adafactor-steps50"]),
         ({"train": {"weight_decay": [0, 0.1], "examples_per_step": [8, 16]}},
          ["a-wd0-batch8", "a-wd0-batch16", "a-wd0.1-batch8", "a-wd0.1-batch16"]),
+        ({"init": "random", "init_top": [100, 200]}, ["a"]),
         ({"init": ["random", "vocabulary"], "init_top": [100, 5000]},
          ["a-random", "a-vocabulary-init_top100", "a-vocabulary-init_top5000"]),
         ({"init": ["random", "text"], "init_text": ["Is it good?", "Rate"]},

@@ -9,8 +9,9 @@ import damages
 import pytest
 import tiny
 
-from peftscale import driver, records
+from peftscale import driver, records, status
 from peftscale.config import RunConfig
+from peftscale.errors import DataError
 from peftscale.records import NoteRecord
 
 
@@ -53,3 +54,26 @@ def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_one_before_and_ends_bi
         assert ours == theirs
     for name in ("adapters.safetensors", "optimizer.safetensors"):  # state.json holds seconds
         assert (checkpoints / "step-6" / name).read_bytes() == (undisturbed / "step-6" / name).read_bytes()
+
+
+def test_damaged_records_and_a_torn_summary_end_no_run(tmp_path: Path, calm: RunConfig) -> None:
+    """A bad disk changes a letter in a line of the metrics, and the summary is half there."""
+    run_dir = Path(shutil.copytree(calm.run_dir, tmp_path / "runs" / "tiny"))
+    metrics, summary = run_dir / "metrics.jsonl", run_dir / "summary.json"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if b'"kind":"step"' in line and b'"step":2,' in line)
+    lines[at] = lines[at].replace(b'"step":2,', b'"step":\xff,')
+    metrics.write_bytes(b"".join(lines))
+    whole = summary.read_bytes()
+    summary.write_bytes(whole[: len(whole) // 2])
+    assert status.of(run_dir).state != "ended"
+    run_file = calm.cluster.runs_dir.parent / "run.json"
+    done = commands.run("train", run_file, f"cluster.storage={tmp_path / 'runs'}", "--finish", "--json")
+    assert done.code == 0, done.err
+    assert f"metrics.jsonl: line {at + 1} is no record" in done.err
+    ended, undisturbed = (records.RunSummary.model_validate_json(text) for text in (done.out, whole))
+    assert ended.steps == undisturbed.steps and ended.reduced_bytes_per_step == undisturbed.reduced_bytes_per_step
+    assert ended.adapters["mood"].after == undisturbed.adapters["mood"].after
+    assert status.of(run_dir).state == "ended"
+    with pytest.raises(DataError, match=f"line {at + 1} is no record"):  # nobody is told, so it is not passed over
+        list(records.read(metrics))

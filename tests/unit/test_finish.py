@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import commands
+from filelock import FileLock
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
@@ -34,3 +35,13 @@ def test_a_run_is_finished_once_and_another_run_of_its_name_is_refused(tmp_path:
 def test_finish_and_resume_exclude_each_other() -> None:
     done = commands.run("train", QUICKSTART, "--finish", "--resume", "quickstart")
     assert done.code == 2 and "--finish, --resume: give one of the two" in done.err
+
+
+def test_a_run_that_another_process_works_on_is_left_alone(tmp_path: Path) -> None:
+    few = ["cluster.workers=0", "train.steps=2", "train.evaluate_every=2", f"cluster.storage={tmp_path}"]
+    with FileLock(tmp_path / ".quickstart.running"):
+        refused = commands.run("train", QUICKSTART, *few)
+        assert refused.code == 2 and "name: another process works on the run 'quickstart'" in refused.err
+        assert not (tmp_path / "quickstart").exists()
+    assert commands.run("train", QUICKSTART, *few).code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["quickstart"]

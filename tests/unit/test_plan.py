@@ -3,20 +3,28 @@
 import io
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import small_plans
+import tiny
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5Model
 
 from peftscale import configio, facts, plan
+from peftscale.adapters import SoftPrompt
+from peftscale.base import load
+from peftscale.base.passes import target_losses
+from peftscale.config import BaseConfig
+from peftscale.data.batches import pass_tokens, training_items
+from peftscale.data.tasks import Example
 from peftscale.errors import ConfigError
 from peftscale.facts import BaseFacts, TensorFacts, UnitFacts
+from peftscale.train import setup, step
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -46,7 +54,8 @@ def test_bytes_of_a_tiny_base_over_three_ranks_by_hand() -> None:
     # Attention 4 * 8 in float32, as on a CPU, and one activation of 24 in bfloat16, the norm's float32 copy of 8,
     # scalars of 2 heads and a norm.
     block = 4 * 4 * 8 + 2 * 24 + 4 * 8 + 4 * (2 + 1)
-    assert made.activation_bytes == 100 * (2 * block + 3 * 24 * 2 + 8 * 8)
+    copies = 4 * 5 * 2 * 8 * 4  # for each of 4 rows keys and values of 5 virtual tokens
+    assert made.activation_bytes == 100 * (2 * block + 3 * 24 * 2 + 8 * 8) + 2 * copies
     # Labels are compared in passes of 100 tokens. Without a limit on texts, those of a step's 4 rows fill a pass, 20
     # behind a prompt of 5; one of them and 3 targets are 23 tokens, so 4 rows make 12 logits.
     block = 2 * 2 * 8 + (2 * (8 + 2 * 8) + 4 * (6 * 8 + 4 * 8))  # input and norm; attention with copies in float32
@@ -251,13 +260,38 @@ def test_activations_of_a_llama_agree_with_what_autograd_keeps() -> None:
         attn_implementation="sdpa",
     )
     model, tokens = LlamaForCausalLM(config).model, 128
-    kept = _kept_bytes(model, inputs_embeds=torch.randn(1, tokens, 64, requires_grad=True), use_cache=False)
+    embeds = torch.randn(1, tokens, 64, requires_grad=True)
+    kept = _kept_bytes(model, lambda: model(inputs_embeds=embeds, use_cache=False).last_hidden_state)
     base = BaseFacts(
         "m", "llama", 64, 3, 4, 4, 16, "silu", 50, 2048, False, False, _llama_blocks(layers=3, hidden=64, feed=172)
     )
     planned = plan.activation_bytes(base, tokens=tokens, dense_bytes=4, is_checkpointed=False)
     planned -= tokens * 3 * 172 * 4  # gradients in flight, which forward has not
     assert kept == pytest.approx(planned, rel=0.05)  # measured 0.989 of it
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_activations_of_packed_passes_count_a_copy_of_the_prompt_for_each_row(tmp_path: Path, key_heads: int) -> None:
+    """Many short texts behind a long prompt: what a pass computes is little beside what attention reads."""
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 3}
+    config = tiny.LLAMA | sizes | {"num_attention_heads": 4, "num_key_value_heads": key_heads}
+    where = str(tiny.save_base(tmp_path / "base", config))
+    known = {"quantization": "none", "compute_dtype": "float32", "checkpoint_activations": False, "sharding": "auto"}
+    base = load.load(BaseConfig(model=where, **known), sharding="replicated", device=torch.device("cpu"))
+    assert setup.pack_where_exact(base) is None
+    prompt = SoftPrompt(torch.randn(100, base.hidden_size))
+    examples = [Example(i, tuple(range(3, 18)), (5,), None, "") for i in range(60)]
+    items = training_items("a", 100, examples)
+    kept = _kept_bytes(base.model, lambda: target_losses(base, step.rows_of(items, {"a": prompt})))
+    of_base, tokens = facts.load(where), pass_tokens(items, is_packed=True)
+    planned, without = (
+        plan.activation_bytes(of_base, tokens=tokens, dense_bytes=4, is_checkpointed=False, shared_tokens=shared)
+        - tokens * 3 * config["intermediate_size"] * 4  # gradients in flight, which forward has not
+        + len(items) * config["vocab_size"] * 12  # logits
+        for shared in (60 * 100, 0)
+    )
+    assert kept == pytest.approx(planned, rel=0.05), kept / planned
+    assert kept > 1.2 * without
 
 
 @pytest.mark.parametrize("feed_forward", ["relu", "gated-gelu"])
@@ -268,14 +302,15 @@ def test_activations_of_a_t5_agree_with_what_autograd_keeps(tmp_path: Path, feed
     config.save_pretrained(tmp_path)
     embeds, decoder_embeds = (torch.randn(3, tokens, 64, requires_grad=True) for tokens in (40, 24))
     mask = torch.ones(3, 40).tril(38)  # a row is padded, so that there is a mask
-    kept = _kept_bytes(T5Model(config), inputs_embeds=embeds, decoder_inputs_embeds=decoder_embeds, attention_mask=mask)
+    model, inputs = T5Model(config), {"inputs_embeds": embeds, "decoder_inputs_embeds": decoder_embeds}
+    kept = _kept_bytes(model, lambda: model(**inputs, attention_mask=mask).last_hidden_state)
     made = {"tokens": 3 * 64, "decoder_tokens": 3 * 24, "row_tokens": 40, "dense_bytes": 4, "is_checkpointed": False}
     planned = plan.activation_bytes(facts.load(tmp_path), **made)
     planned -= 3 * 40 * 3 * 172 * 4  # gradients in flight, which forward has not
     assert kept == pytest.approx(planned, rel=0.05), kept / planned  # measured 0.979 of it
 
 
-def _kept_bytes(model: torch.nn.Module, **inputs: Any) -> int:
+def _kept_bytes(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> int:
     """Bytes that autograd keeps of a forward, without the weights."""
     model.requires_grad_(False).train()
     own = {weight.untyped_storage().data_ptr() for weight in (*model.parameters(), *model.buffers())}
@@ -288,8 +323,8 @@ def _kept_bytes(model: torch.nn.Module, **inputs: Any) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = model(**inputs)
-    assert out.last_hidden_state.requires_grad
+        out = forward()
+    assert out.requires_grad
     return sum(kept.values())
 
 

@@ -57,6 +57,25 @@ def test_a_run_is_ended_going_on_silent_or_failed(tmp_path: Path) -> None:
     assert silent.state == "silent" and silent.silent_seconds > 499 and silent.error is None
 
 
+def test_a_run_whose_workers_are_started_again_has_not_failed_until_it_is_given_up(tmp_path: Path) -> None:
+    cfg = _ran(tmp_path)
+    _back_to(cfg, 3)
+    stored = cfg.run_dir / "run.json"
+    content = json.loads(stored.read_text())
+    content["cluster"]["workers"] = 2
+    stored.write_text(json.dumps(content))
+    with pytest.raises(RuntimeError):
+        _fail(cfg)
+    has_ended = status.ending(cfg.run_dir)
+    recovering = status.of(cfg.run_dir)
+    assert recovering.state == "restarting" and recovering.error is not None and not has_ended()
+    cfg.failure_path.write_text("2 retries were not enough")
+    assert status.of(cfg.run_dir).state == "failed" and has_ended()
+    before = time.time() - 200  # another try began since
+    os.utime(cfg.failure_path, (before, before))
+    assert status.of(cfg.run_dir).state == "restarting"
+
+
 def test_the_commands_find_runs_by_run_file_directory_and_storage(tmp_path: Path) -> None:
     first, second = _ran(tmp_path), _ran(tmp_path, "second")
     for where, names in ((tmp_path / "run.json", None), (first.run_dir, ["first"]), (tmp_path / "runs", None)):
