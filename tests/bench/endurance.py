@@ -11,6 +11,7 @@ second run begins on one node of a Ray cluster and has to grow when another one 
 BenchRecord, ends with code 1 where anything of this is not so.
 """
 
+import concurrent.futures
 import random
 import statistics
 import sys
@@ -98,7 +99,7 @@ class Killer:
                     self._wait_for_step()
                     stretch = self._cfg.num_steps // self._number
                     step = number * stretch + self._draw.randrange(stretch)
-                    self._wait_for(lambda step=step: self._step() >= step)
+                    _wait_for(lambda step=step: self._step() >= step)
                     self._kill(group, after_s=0.2)
             ray_workers.fresh(2, old + group, timeout_s=PATIENCE_S)
             self._wait_for_step()
@@ -116,7 +117,7 @@ class Killer:
     def _wait_for_step(self) -> None:
         """Of the group that is there; it ends the recovery from the kills before."""
         num_rows = len(runs.steps(self._cfg))  # counted now: the group before may have finished a step as it died
-        self._wait_for(lambda: len(runs.steps(self._cfg)) > num_rows)
+        _wait_for(lambda: len(runs.steps(self._cfg)) > num_rows)
         for kill in self.kills:
             if kill.recovery_s is None:
                 kill.recovery_s = time.monotonic() - kill.killed_s
@@ -124,12 +125,13 @@ class Killer:
     def _step(self) -> int:
         return max((row.step for row in runs.steps(self._cfg)), default=0)
 
-    def _wait_for(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while not condition():
-            if time.monotonic() > deadline:
-                raise TimeoutError("the run stands still, or has ended before the last kill")
-            time.sleep(0.02)
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("the run stands still, or has ended before the last kill")
+        time.sleep(0.02)
 
 
 def survive(tmp: Path, *, kills: int, steps: int, seed: int) -> dict[str, float]:
@@ -190,21 +192,14 @@ def grow(tmp: Path) -> dict[str, float]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         ray.init(address=cluster.address, log_to_driver=False)
-        joined_s: list[float] = []
-
-        def join() -> None:
-            while len(runs.steps(growing)) < 100:
-                time.sleep(0.1)
-            joined_s.append(time.monotonic())
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:  # Ray's node takes over signals, which only this one may
+            ended = pool.submit(driver.run, growing, show=False)
+            _wait_for(lambda: len(runs.steps(growing)) >= 100 or ended.done())
+            joined_s = time.monotonic()
             cluster.add_node(num_cpus=1)
-            while not any("goes on from" in text for text in runs.notes(growing)):
-                time.sleep(0.1)
-            joined_s.append(time.monotonic())
-
-        thread = threading.Thread(target=join, daemon=True)
-        thread.start()
-        summary = driver.run(growing, show=False)
-        thread.join(timeout=1)
+            _wait_for(lambda: any("goes on from" in text for text in runs.notes(growing)) or ended.done())
+            grown_s = time.monotonic()
+            summary = ended.result()
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -213,7 +208,7 @@ def grow(tmp: Path) -> dict[str, float]:
     apart = runs.apart(growing, calm, "mood")
     assert apart < 1e-5, apart
     return {
-        "grown_after_s": joined_s[1] - joined_s[0],
+        "grown_after_s": grown_s - joined_s,
         "grown_apart": apart,
         "grown_repeated_steps": sum(runs.repeated(growing)),
     }
@@ -223,15 +218,20 @@ def main(kills: int = 20, steps: int = 300, seed: int = 0, out: Path = Path("ben
     """Both runs, the table, the record."""
     with tempfile.TemporaryDirectory(prefix="peftscale-endurance-") as temporary:
         survived = survive(Path(temporary) / "killed", kills=kills, steps=steps, seed=seed)
+        _print(survived)
         grown = grow(Path(temporary) / "grown")
+        _print(grown)
         fingerprint = configio.fingerprint(config(Path(temporary) / "killed", "calm", steps))
     measured = {**survived, **grown}
-    for name, value in measured.items():
-        print(f"{name.replace('_', ' '):<36}{value:>12.4g}")
     record = records.BenchRecord(
         name="endurance", config_fingerprint=fingerprint, measured=measured, environment=records.environment()
     )
     records.append(out, record)
+
+
+def _print(measured: dict[str, float]) -> None:
+    for name, value in measured.items():
+        print(f"{name.replace('_', ' '):<36}{value:>12.4g}", flush=True)
 
 
 if __name__ == "__main__":
