@@ -62,12 +62,13 @@ def run(cfg: RunConfig, *, resume: bool = False, show: bool = True) -> RunSummar
     if cfg.cluster.max_workers > 0:
         _check_resources(cfg)  # before anything is written
     mirror = storage.Mirror(cfg)
-    with _alone(cfg) if is_main else contextlib.nullcontext():
+    with _alone(cfg) if is_main and resume else contextlib.nullcontext():
         made = _open_run_dir(cfg, mirror, resume=resume) if is_main else []
         try:
             followed = progress.followed(cfg.metrics_path, cfg, show=show, refresh=mirror.follow)
-            view = followed if is_main else contextlib.nullcontext()
-            with view:
+            # The directory of a new run could be made by one process alone.
+            alone = _alone(cfg) if is_main and not resume else contextlib.nullcontext()
+            with alone, followed if is_main else contextlib.nullcontext():
                 return RunSummary.model_validate(_work(cfg, "train", {}))
         except PeftscaleError as error:
             if made and not mirror.has_results():
@@ -354,8 +355,8 @@ def _alone(cfg: RunConfig) -> Iterator[None]:
     where = cfg.run_dir.with_name(f".{cfg.name}.running")
     lock = FileLock(where, timeout=0)
     try:
-        where.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        if where.parent.exists():  # else there is no run to go on with, which is said elsewhere
+            lock.acquire()
     except Timeout:
         raise ConfigError(
             f"name: another process works on the run {cfg.name!r} in {cfg.cluster.storage}. Wait for its end, or "

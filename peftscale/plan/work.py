@@ -77,7 +77,8 @@ def expected(cfg: RunConfig, facts: BaseFacts, *, world: int) -> Work:
         in_step = min(passes * tokens, rows * (text + target) + _prompt_tokens(cfg, facts, world=world, passes=passes))
     # Rows as short as they can be, as many as there are.
     num = max(1, min(rows, tokens // (min(virtual) + 1 + target)))
-    shared = num * max(virtual) if _is_packed(cfg, facts) else 0
+    full = min(rows, math.ceil(tokens / (text + target)))
+    shared = full * max(virtual) if _is_packed(cfg, facts) else 0
     step = PassSize(tokens, num, num * target, min(tokens, max(virtual) + text), shared_tokens=shared)
     if cfg.method == "few_shot":
         passes, in_step, step = 0, 0, PassSize(0, 0, 0, 0)

@@ -67,7 +67,7 @@ def main(
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
     print("| task | ranks | figure | measured | planned in the run | over it | planned before it |")
     print("|---|---|---|---|---|---|---|", flush=True)
-    worst, worst_before = dict.fromkeys(_KEYS, 0.0), 0.0
+    worst, of_before = dict.fromkeys(_KEYS, 0.0), []
     with tempfile.TemporaryDirectory(prefix="peftscale-bench-") as folder:
         tmp = Path(folder)
         os.environ["PEFTSCALE_CACHE"] = str(tmp / "cache")
@@ -91,14 +91,14 @@ def main(
             for key in _KEYS:
                 ratio = _print_row(kind, shape, key, ended, getattr(before, key))
                 worst[key] = max(worst[key], abs(ratio - 1))
-            worst_before = max(worst_before, abs(ended.peak_rank_bytes / before.peak_rank_bytes - 1))
+            of_before.append(ended.peak_rank_bytes / before.peak_rank_bytes)
             records.append(out, _record(cfg, ended))
     for key, most in worst.items():
         within = MEMORY_WITHIN if key == "peak_rank_bytes" else BYTES_WITHIN
         verdict = "yes" if most <= within else "NO"
         print(f"{key}: within {within:.0%} of the plan: {verdict} (at most {most:.2%} off)")
-    verdict = "yes" if worst_before <= MEMORY_WITHIN else "NO"
-    print(f"memory: within {MEMORY_WITHIN:.0%} of `peftscale plan`: {verdict} (at most {worst_before:.2%} off)")
+    low, high = min(of_before), max(of_before)
+    print(f"`peftscale plan` takes texts for as long as they may be: measured {low:.2f} to {high:.2f} of its memory")
 
 
 def _save_data(tmp: Path) -> None:
