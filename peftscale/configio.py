@@ -255,6 +255,9 @@ def _plain(node: Any, keys: tuple[str, ...], problems: Problems, left: Iterator[
     if OmegaConf.is_list(node):
         return [_entry(node, index, (*keys, str(index)), problems, left) for index in range(len(node))]
     if not OmegaConf.is_dict(node):
+        if isinstance(node, bytes):
+            problems.add(keys, "must be text or a number, got binary data (!!binary)")
+            return None
         if isinstance(node, float) and not math.isfinite(node):
             problems.add(keys, f"must be a finite number, got {node}")
         if isinstance(node, bool) and (word := "on" if node else "off") in complaints.words_of(keys):

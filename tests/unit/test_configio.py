@@ -150,6 +150,7 @@ def test_all_problems_of_a_file_come_in_one_message(write: Write) -> None:
         ("[accuracy]", "[]", "task.metrics: needs at least 1, got []"),
         ("0: bad", "no: bad", "task.labels: a key must be text, got false; YAML reads yes, no, on and off as"),
         ("3e-1", ".nan", "train.learning_rate: must be a finite number, got nan"),
+        ("3e-1", "!!binary aGVsbG8=", "train.learning_rate: must be text or a number, got binary data (!!binary)"),
         ("3e-1", "${nope}", "train.learning_rate: '${nope}' cannot be resolved: Interpolation key 'nope' not found"),
         ("3e-1", "???", "train.learning_rate: ??? must be filled in"),
         ("cluster: {", "cluster: 3 #", "cluster: must be a mapping (key: value lines), got 3"),
