@@ -2,7 +2,7 @@
 
     python tests/bench/bench_quality.py STUDY --data DIR --bases DIR --out DIR --base 5m --task sst2 [key=value ...]
 
-Studies: `methods` (all of them), `spread` (20 seeds of the recipe and of plain prompt tuning), `means` (these, and
+Studies: `methods` (all of them), `fine-tuning` (that of all weights alone), `spread` (20 seeds of the recipe and of plain prompt tuning), `means` (these, and
 plain with one means against instability each), `starts` (lengths and initialisations), `transfer` (train on one task,
 score on others), `ensemble` (five seeds together). --base and --task may be repeated.
 
@@ -169,15 +169,24 @@ def methods(study: Study, base: str, task: str) -> None:
     for setting, values in scores.items():
         study.row(where, setting, values, seconds=seconds / len(scores))
     for method in BASELINES:
-        values, total, rate = [], 0.0, study.best_rate(method, base, task)
-        for seed in SEEDS:
-            of_seed, took = after(study.baseline(method, base, task, rate=rate, seed=seed))
-            values += of_seed.values()
-            total += took
-        scores[method] = values
-        study.row(where, method, values, seconds=total)
+        scores[method] = _of_baseline(study, method, base, task)
     for setting in ("prompt20", "prompt100", "prefix20", "lora"):
         study.gap_row(where, setting, zero, scores[setting], scores["full_finetuning"])
+
+
+def fine_tuning(study: Study, base: str, task: str) -> None:
+    """Full fine-tuning alone."""
+    _of_baseline(study, "full_finetuning", base, task)
+
+
+def _of_baseline(study: Study, method: str, base: str, task: str) -> list[float]:
+    values, total, rate = [], 0.0, study.best_rate(method, base, task)
+    for seed in SEEDS:
+        of_seed, took = after(study.baseline(method, base, task, rate=rate, seed=seed))
+        values += of_seed.values()
+        total += took
+    study.row(f"{base} {task}", method, values, seconds=total)
+    return values
 
 
 def gap(zero: float, tuned: list[float], full: list[float]) -> tuple[float, float, float]:
@@ -318,6 +327,7 @@ def means_settings(study: Study, task: str) -> dict[str, Section]:
 
 STUDIES: dict[str, Callable[[Study, str, str], None]] = {
     "methods": methods,
+    "fine-tuning": fine_tuning,
     "spread": spread,
     "means": means,
     "starts": starts,
