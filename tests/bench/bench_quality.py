@@ -2,9 +2,10 @@
 
     python tests/bench/bench_quality.py STUDY --data DIR --bases DIR --out DIR --base 5m --task sst2 [key=value ...]
 
-Studies: `methods` (all of them), `fine-tuning` (that of all weights alone), `spread` (20 seeds of the recipe and of plain prompt tuning), `means` (these, and
-plain with one means against instability each), `starts` (lengths and initialisations), `transfer` (train on one task,
-score on others), `ensemble` (five seeds together). --base and --task may be repeated.
+Studies: `methods` (all of them), `fine-tuning` (that of all weights alone), `spread` (20 seeds of the recipe and of
+plain prompt tuning), `means` (these, and plain with one means against instability each), `starts` (lengths and
+initialisations), `transfer` (train on one task, score on others), `ensemble` (five seeds together). --base and --task
+may be repeated.
 
 A run is configs/recipes/default.yaml with another base and task, and what the study varies; what baselines do otherwise
 is said below, and of their rates the validation split chooses one for each base and task, with one seed. Runs are kept
