@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -146,9 +146,9 @@ def _take(job: Job, cursor: Cursor) -> tuple[list[Item], Cursor]:
 
 def _train(job: Job, planned: Plan) -> RunSummary:
     cfg, split, start = job.cfg, worker.reported_split(job.task), time.perf_counter()
-    stands = comm.gather_objects(records.read_summary(cfg.summary_path) if comm.rank() == 0 else None)[0]
+    stands = comm.from_rank_0(records.read_summary(cfg.summary_path) if comm.rank() == 0 else None)
     if stands:  # a run that had ended is resumed: its figures stand
-        return cast(RunSummary, stands)
+        return stands
     if not _take_over(job):
         _note_start(job)
         job.progress.before = _evaluated(job, split, f"{split} without training")

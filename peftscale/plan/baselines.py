@@ -63,7 +63,9 @@ def of_training(
     own = num_trained * 4
     work = work or expected(cfg, facts, world=world)
     # Passes are those of transformers' own attention.
-    setting = Setting(world, 1, cfg.base.quantization, cfg.base.checkpoint_activations, dense, False, work)
+    setting = Setting(
+        world, 1, cfg.base.quantization, cfg.base.checkpoint_activations, dense, copies_keys=False, work=work
+    )
     parts = {
         "slice_bytes": facts.packed_bytes(cfg.base.quantization, dense),
         "gathered_units_bytes": 0,
@@ -119,7 +121,9 @@ def of_evaluation(
     work = work or expected(cfg, facts, world=world)
     dense = dtype_bytes(cfg.base.compute_dtype)
     held_by = holders(placed.sharding, world=world, node_ranks=hardware.ranks_per_node(world))
-    setting = Setting(world, held_by, cfg.base.quantization, True, attention_bytes(cfg, hardware), False, work)
+    setting = Setting(
+        world, held_by, cfg.base.quantization, True, attention_bytes(cfg, hardware), copies_keys=False, work=work
+    )
     parts = {
         **weight_parts(facts, cfg.base.quantization, dense, holders=held_by),
         **dict.fromkeys(("adapter_bytes", "best_bytes", "gradient_bytes", "optimizer_bytes"), 0),

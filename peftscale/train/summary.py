@@ -6,7 +6,7 @@ Adapters and scores are handed in; the steps are read from the run's own metrics
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 from peftscale import records
 from peftscale.config import RunConfig
@@ -55,9 +55,11 @@ def steps_of_rank_0(cfg: RunConfig, journal: Journal, *, step: int) -> list[Step
     """
 
     def local() -> list[StepRecord]:
+        if comm.rank() != 0:
+            return []
         return steps_of(cfg.metrics_path, passed_over=lambda text: journal.note(step, text))
 
-    return cast(list[StepRecord], comm.gather_objects(comm.together(lambda: local() if comm.rank() == 0 else []))[0])
+    return comm.from_rank_0(comm.together(local))
 
 
 def make(

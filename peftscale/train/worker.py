@@ -7,7 +7,6 @@ Runs alike in this process, under torchrun, and in a Ray worker. What it learns 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
@@ -146,9 +145,9 @@ def train(job: Job) -> records.RunSummary:
     """The loop."""
     cfg, state = job.cfg, job.state
     start = time.perf_counter() - state.seconds
-    stands = comm.gather_objects(records.read_summary(cfg.summary_path) if comm.rank() == 0 else None)[0]
+    stands = comm.from_rank_0(records.read_summary(cfg.summary_path) if comm.rank() == 0 else None)
     if stands:  # a run that had ended is resumed: its figures stand
-        return cast(records.RunSummary, stands)
+        return stands
     if state.step == 0:
         _evaluate_before(job)
         _evaluate(job, state.training)

@@ -312,15 +312,27 @@ def test_what_keeps_no_checkpoint_is_not_resumed(tmp_path: Path, changes: dict[s
         driver.run(cfg, resume=True, show=False)
 
 
-@pytest.mark.parametrize(("steps", "limit"), [(40, 3), (4, 10)], ids=["midway", "at its end"])
+@pytest.mark.parametrize(
+    ("more", "rows"),
+    [
+        ({"train.steps": 40, "train.max_nonfinite_steps": 3}, {"lora": 3, "full_finetuning": 3}),
+        # Full fine-tuning has taken one step by then.
+        ({"train.steps": 4, "train.max_nonfinite_steps": 10}, {"lora": 4, "full_finetuning": 3}),
+        (
+            {"train.steps": 40, "train.max_nonfinite_steps": 3, "train.evaluate_every": 1, "train.early_stop": 2},
+            {"lora": 3, "full_finetuning": 3},
+        ),
+    ],
+    ids=["midway", "at its end", "before an early stop"],
+)
 @pytest.mark.parametrize(("changes", "kept"), [(LORA, "lora"), (FULL, "full_finetuning")], ids=["lora", "full"])
 def test_steps_that_are_not_finite_change_nothing_and_end_the_run(
-    tmp_path: Path, changes: dict[str, Any], kept: str, steps: int, limit: int
+    tmp_path: Path, changes: dict[str, Any], kept: str, more: dict[str, Any], rows: dict[str, int]
 ) -> None:
-    cfg = tiny.run_config(
-        tmp_path, **{**changes, "train.learning_rate": 1e30, "train.steps": steps, "train.max_nonfinite_steps": limit}
-    )
-    with pytest.raises(TrainingError, match=rf"{kept}: the loss or gradient was not finite in [34] steps in a row"):
+    cfg = tiny.run_config(tmp_path, **{**changes, "train.learning_rate": 1e30, **more})
+    with pytest.raises(
+        TrainingError, match=f"{kept}: the loss or gradient was not finite in {rows[kept]} steps in a row"
+    ):
         driver.run(cfg, show=False)
     assert [row.skipped for row in _steps(cfg)][-3:] == [True] * 3
     if kept == "full_finetuning":

@@ -189,3 +189,14 @@ def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
         else:
             assert int.from_bytes(content[:8], "little") < len(content)
     assert os.listdir(tmp_path) == ["step-1"]
+
+
+def test_a_damaged_newer_checkpoint_takes_no_good_one_s_place(tmp_path: Path) -> None:
+    """The run went on from step 2, as step 4 is damaged, and saves before it is there again."""
+    for step in (2, 4):
+        checkpoint.save_(states.make(steps=step), tmp_path, states.IDENTITY, keep=1 + step)
+    (tmp_path / "step-4" / "manifest.json").unlink()
+    written = checkpoint.save_(states.make(steps=3), tmp_path, states.IDENTITY, keep=1)
+    assert written.name == "step-3"
+    assert checkpoint.newest(tmp_path) == written
+    assert not (tmp_path / "step-2").exists()
