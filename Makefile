@@ -2,7 +2,8 @@
 # make test         every test that needs no GPU
 # make check        lint, format, types, import contract
 # make endurance    one run through twenty killed workers, and one that takes on a node: several minutes
-# make bench        each benchmark in its small setting; numbers go to bench.jsonl
+# make bench        each benchmark in its small setting; numbers go to bench.jsonl. Those over real data and other
+#                   bases (bench_quality, bench_peft_quality, bench_mixed) are given both by hand
 # make clean        remove the environment, caches and runs
 #
 # Each creates .venv from constraints.txt where it is missing or older than the pins.
@@ -44,7 +45,7 @@ endurance: .venv/.installed
 
 bench: export OMP_NUM_THREADS = 1
 bench: .venv/.installed
-	set -e; for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
+	set -e; for bench in $(filter-out %quality.py %mixed.py,$(wildcard tests/bench/bench_*.py)); do echo "== $$bench"; $(BIN)/python $$bench; done
 
 clean:
 	rm -rf .venv build dist runs bench.jsonl *.egg-info

@@ -18,12 +18,14 @@ from peftscale.plan.memory import (
     CONTROL_BYTES,
     Setting,
     activation_bytes,
+    at_peak,
     attention_bytes,
     dequantized_bytes,
     evaluations_bytes,
     gathered_bytes,
     logits_bytes,
     peak_bytes,
+    update_bytes,
     weight_parts,
 )
 from peftscale.plan.modes import holders
@@ -87,6 +89,7 @@ def of_training(
         # Trained linears keep their inputs, of which the outputs of the norms are not kept anyway.
         + work.step.tokens * 2 * facts.hidden_size * _num_blocks(facts) * dense,
         "logits_bytes": logits_bytes(facts, work.step, dense),
+        "update_bytes": 0 if is_full else update_bytes(own),  # of full fine-tuning it is among what is cut
         "evaluation_bytes": evaluations_bytes(cfg, facts, setting),
     }
     num_tensors = sum(len(unit.linears) + len(unit.dense) for unit in facts.stored_units)
@@ -128,8 +131,7 @@ def of_evaluation(
         **weight_parts(facts, cfg.base.quantization, dense, holders=held_by),
         **dict.fromkeys(("adapter_bytes", "best_bytes", "gradient_bytes", "optimizer_bytes"), 0),
         "dequantized_bytes": dequantized_bytes(facts, cfg.base.quantization, dense),
-        "activation_bytes": 0,
-        "logits_bytes": 0,
+        **dict.fromkeys(("activation_bytes", "logits_bytes", "update_bytes"), 0),
         "evaluation_bytes": evaluations_bytes(cfg, facts, setting),
     }
     each = gathered_bytes(facts, cfg.base.quantization, dense, holders=held_by)
@@ -168,7 +170,7 @@ def _plan(
     peak, most = peak_bytes(parts), hardware.rank_bytes(world)
     problems = []
     if peak > most:
-        named = ", ".join(f"{key.removesuffix('_bytes')} {show(size)}" for key, size in parts.items() if size)
+        named = ", ".join(f"{key.removesuffix('_bytes')} {show(size)}" for key, size in at_peak(parts).items() if size)
         problems.append(
             f"method={cfg.method}: a rank needs {show(peak)} and may fill {show(most)} of {hardware.name} "
             f"({named.replace('_', ' ')}); {way_out}"

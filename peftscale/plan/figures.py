@@ -55,11 +55,14 @@ class Plan(Placement):
     """Kept from forward for backward, and the largest gradients in flight."""
     logits_bytes: int
     """At target positions only: logits, their float32 copy and its gradient."""
+    update_bytes: int
+    """What moving the adapters takes behind the passes: a copy of them and their moments, and
+    what the optimizer makes of them."""
     evaluation_bytes: int
     """What the largest pass of an evaluation takes in place of activations and logits: one block without a backward,
     logits of all labels, or the cache of keys and values of texts that are written."""
     peak_rank_bytes: int
-    """Sum of those above from slice to dequantised, and the larger of evaluation and activations with logits."""
+    """Sum of those above from slice to dequantised, and the largest of activations with logits, update, evaluation."""
     rank_memory_bytes: int
     """What a rank may fill, after a reserve for the runtime."""
     tokens_per_pass: int
@@ -165,6 +168,7 @@ _ROWS: tuple[tuple[str, str, Callable[..., str]], ...] = (
     ("a rank: largest weight dequantised", "dequantized_bytes", show),
     ("  and in a step: activations", "activation_bytes", show),
     ("                 logits", "logits_bytes", show),
+    ("  or in its update", "update_bytes", show),
     ("  or in an evaluation", "evaluation_bytes", show),
     ("a rank: peak", "peak_rank_bytes", show),
     ("a rank: may fill", "rank_memory_bytes", show),

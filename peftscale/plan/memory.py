@@ -20,9 +20,8 @@ from peftscale.plan.work import PassSize, Work, decoder_tokens
 
 CONTROL_BYTES = 64
 """Most bytes an adapter may send in a step beside its gradient: loss, token counts, flags."""
-STEP_PARTS = ("activation_bytes", "logits_bytes")
-"""What a step takes while an evaluation does not run, and the reverse: the peak has the larger of the two."""
-EVALUATION_PARTS = ("evaluation_bytes",)
+PHASES = (("activation_bytes", "logits_bytes"), ("update_bytes",), ("evaluation_bytes",))
+"""What the passes of a step take, its update, and an evaluation, one at a time: the peak has the largest of them."""
 _TANH_BY_HAND = ("gelu_new", "gelu_fast")  # written out in Python, so that autograd keeps every step
 
 
@@ -52,10 +51,16 @@ def copies_keys(hardware: Hardware) -> bool:
     return hardware.kind == "cpu"
 
 
+def at_peak(parts: Mapping[str, int]) -> dict[str, int]:
+    """Of `rank_parts` those that are there at once, at most."""
+    largest = max(PHASES, key=lambda phase: sum(parts[key] for key in phase))
+    others = {key for phase in PHASES if phase != largest for key in phase}
+    return {key: size for key, size in parts.items() if key not in others}
+
+
 def peak_bytes(parts: Mapping[str, int]) -> int:
-    """The sum of `rank_parts`, of step and evaluation the larger."""
-    of_step, of_evaluation = (sum(parts[key] for key in keys) for keys in (STEP_PARTS, EVALUATION_PARTS))
-    return sum(parts.values()) - min(of_step, of_evaluation)
+    """The sum of `at_peak`."""
+    return sum(at_peak(parts).values())
 
 
 def rank_parts(cfg: RunConfig, facts: BaseFacts, setting: Setting) -> dict[str, int]:
@@ -85,8 +90,15 @@ def rank_parts(cfg: RunConfig, facts: BaseFacts, setting: Setting) -> dict[str, 
         + prefixes,
         "dequantized_bytes": dequantized_bytes(facts, setting.quantization, dense),
         "logits_bytes": logits_bytes(facts, size, dense),
+        "update_bytes": update_bytes(adapters),
         "evaluation_bytes": evaluations_bytes(cfg, facts, setting),
     }
+
+
+def update_bytes(trained_bytes: int) -> int:
+    """A copy of the tensors and their moments, to go back to, and what the optimizer makes of them: once their size
+    beside AdamW's two moments, twice beside Adafactor's one."""
+    return 4 * trained_bytes
 
 
 def dequantized_bytes(facts: BaseFacts, quantization: Quantization, dense: int) -> int:

@@ -11,7 +11,7 @@ from peftscale.facts import BaseFacts
 from peftscale.plan.adapters import positions
 from peftscale.plan.figures import show
 from peftscale.plan.hardware import Hardware
-from peftscale.plan.memory import EVALUATION_PARTS, STEP_PARTS, Setting, peak_bytes, rank_parts
+from peftscale.plan.memory import Setting, at_peak, peak_bytes, rank_parts
 from peftscale.plan.modes import Mode
 from peftscale.plan.work import expected, target_tokens
 
@@ -87,9 +87,7 @@ def too_big(
     if not ways:
         way_out = _together(setting, hardware, changes, is_enough, spread)
     parts = rank_parts(cfg, facts, setting)
-    smaller = min(STEP_PARTS, EVALUATION_PARTS, key=lambda keys: sum(parts[key] for key in keys))
-    counted = {key: size for key, size in parts.items() if key not in smaller}
-    causes = sorted(((size, key.removesuffix("_bytes")) for key, size in counted.items()), reverse=True)[:3]
+    causes = sorted(((size, key.removesuffix("_bytes")) for key, size in at_peak(parts).items()), reverse=True)[:3]
     named = ", ".join(f"{key.replace('_', ' ')} {show(size)}" for size, key in causes)
     return (
         f"a rank needs {show(peak_bytes(parts))} and may fill {show(hardware.rank_bytes(setting.world))} of "

@@ -1,5 +1,6 @@
 """Plans by hand: the figures that a person can check with a pencil, and what makes a run fit."""
 
+import functools
 import io
 import subprocess
 import sys
@@ -11,20 +12,23 @@ import pytest
 import small_plans
 import tiny
 import torch
+from living import peak
 from rich.console import Console
 from safetensors.torch import save_file
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5Model
 
 from peftscale import configio, facts, plan
 from peftscale.adapters import SoftPrompt
 from peftscale.base import load
 from peftscale.base.passes import target_losses
-from peftscale.config import BaseConfig
+from peftscale.config import BaseConfig, TrainConfig
 from peftscale.data.batches import pass_tokens, training_items
 from peftscale.data.tasks import Example
 from peftscale.errors import ConfigError
 from peftscale.facts import BaseFacts, TensorFacts, UnitFacts
-from peftscale.train import setup, step
+from peftscale.plan import memory
+from peftscale.train import optim, setup, step
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -60,12 +64,50 @@ def test_bytes_of_a_tiny_base_over_three_ranks_by_hand() -> None:
     # behind a prompt of 5; one of them and 3 targets are 23 tokens, so 4 rows make 12 logits.
     block = 2 * 2 * 8 + (2 * (8 + 2 * 8) + 4 * (6 * 8 + 4 * 8))  # input and norm; attention with copies in float32
     assert made.evaluation_bytes == max(100 * block, 8 * 12 * 50)
+    assert made.update_bytes == 160 + 320 + 160  # a copy to go back to, and AdamW's square roots
     parts = (made.slice_bytes, made.gathered_units_bytes, 160, 160, 160, 320, 396)
     assert made.activation_bytes + made.logits_bytes > made.evaluation_bytes
     assert made.peak_rank_bytes == sum(parts) + made.activation_bytes + made.logits_bytes
     assert made.sharding == "world" and made.reason == "base.sharding=world"
     assert made.fits and made.problems == ()
     assert made.prefetch_elements == 0
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor"])
+def test_the_update_of_adapters_takes_what_is_planned(kind: str) -> None:
+    adapters = [nn.Parameter(torch.zeros(length, 64)) for length in (400, 700, 900)]
+    cfg = TrainConfig(
+        steps=9,
+        examples_per_step=1,
+        microbatch_tokens=1,
+        optimizer=kind,
+        learning_rate=0.1,
+        evaluate_every=9,
+        checkpoint_every=9,
+    )
+    optimizers = [optim.AdapterOptimizer([adapter], cfg) for adapter in adapters]
+
+    def update(at: int) -> None:
+        kept = optim.snapshots(optimizers)
+        optim.update_(optimizers, at)
+        del kept
+
+    for at in range(2):  # moments are there from the first update on
+        for adapter in adapters:
+            adapter.grad = torch.ones_like(adapter)
+        taken = peak(functools.partial(update, at))
+    planned = memory.update_bytes(sum(adapter.nbytes for adapter in adapters))
+    assert planned <= taken <= 1.01 * planned, taken / planned
+
+
+def test_where_adapters_outweigh_a_pass_the_peak_is_that_of_their_update() -> None:
+    cfg = small_plans.cfg(adapters={f"a{n}": 5 for n in range(200)})
+    made = plan.make(cfg, small_plans.base(), plan.Hardware.parse("cpu-24GB"), world=1)
+    of_passes = max(made.activation_bytes + made.logits_bytes, made.evaluation_bytes)
+    assert made.update_bytes > of_passes
+    held = 200 * (160 + 160 + 160 + 320)
+    weights = made.slice_bytes + made.gathered_units_bytes + made.dequantized_bytes
+    assert made.peak_rank_bytes == weights + held + made.update_bytes
 
 
 def test_checkpointing_keeps_one_input_a_block() -> None:

@@ -1,7 +1,5 @@
 """Evaluations in a plan: a pass without a backward against live storages, and the passes that a run counts itself."""
 
-import gc
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +8,7 @@ import pytest
 import small_plans
 import tiny
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from living import peak
 
 from peftscale import driver, facts, plan
 from peftscale.base import load, passes
@@ -38,36 +34,6 @@ T5 = {**tiny.T5, "d_model": 128, "d_kv": 32, "d_ff": 344, "dropout_rate": 0.0}
 NUM_ROWS, NUM_TOKENS = 6, 90
 
 
-class Living(TorchDispatchMode):
-    """The most bytes of storages made inside of it that were alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._alive: dict[StorageWeakRef, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {
-            StorageWeakRef(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
-        }
-        out = func(*args, **(kwargs or {}))
-        for made in tree_leaves(out):
-            if isinstance(made, torch.Tensor):
-                storage = StorageWeakRef(made.untyped_storage())
-                if storage not in given:
-                    self._alive[storage] = made.untyped_storage().nbytes()
-        self._alive = {storage: size for storage, size in self._alive.items() if not storage.expired()}
-        self.peak = max(self.peak, sum(self._alive.values()))
-        return out
-
-
-def _peak(work: Callable[[], Any]) -> int:
-    gc.collect()
-    with torch.no_grad(), Living() as living:
-        work()
-    return living.peak
-
-
 def _base(tmp_path: Path, config: dict[str, Any], dtype: str) -> Base:
     cfg = tiny.run_config(
         tmp_path,
@@ -91,7 +57,7 @@ def test_a_pass_of_an_evaluation_takes_what_is_planned(
     draw, is_t5 = torch.Generator().manual_seed(0), config["model_type"] == "t5"
     texts = torch.randint(3, 4096, (NUM_ROWS, NUM_TOKENS), generator=draw).tolist()
     passes.target_logits(base, [Row(None, texts[0], 1)])  # what is made once
-    compared = _peak(lambda: passes.target_logits(base, [Row(None, ids, 1) for ids in texts]).log_softmax(-1))
+    compared = peak(lambda: passes.target_logits(base, [Row(None, ids, 1) for ids in texts]).log_softmax(-1))
     num = NUM_ROWS * NUM_TOKENS
     size = PassSize(tokens=num, rows=NUM_ROWS, targets=NUM_ROWS, row_tokens=NUM_TOKENS - 1)
     in_attention = num_bytes if is_t5 else 4
@@ -99,7 +65,7 @@ def test_a_pass_of_an_evaluation_takes_what_is_planned(
         of_base, size, dense_bytes=num_bytes, decoder_tokens=NUM_ROWS * is_t5, attention_bytes=in_attention
     )
     assert 0.8 * planned < compared < 1.1 * planned, compared / planned
-    written = _peak(lambda: passes.generate(base, [Row(None, ids, 0) for ids in texts], max_new_tokens=20))
+    written = peak(lambda: passes.generate(base, [Row(None, ids, 0) for ids in texts], max_new_tokens=20))
     size = PassSize(num + NUM_ROWS * 20, rows=NUM_ROWS, targets=0, row_tokens=NUM_TOKENS, new_tokens=20)
     decoder_tokens = NUM_ROWS * 21 * is_t5
     planned = plan.evaluation_bytes(of_base, size, dense_bytes=num_bytes, decoder_tokens=decoder_tokens)
