@@ -7,7 +7,7 @@ Nothing heavy is imported before a command runs: `peftscale --help` answers at o
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -133,7 +133,11 @@ def evaluate(
     if ensemble and len(directories) < 2:
         raise ConfigError("--ensemble: needs two adapters at least, got one. Name more with --adapter.")
     tasks = driver.tasks_for(cfg, directories, task or [], option="--task")
-    result = driver.evaluate(cfg, directories, tasks, split, with_ensemble=ensemble)
+    together: Mapping[str, Sequence[int]] = {}
+    if ensemble:  # on a task that was named all of them, whatever they were trained on
+        everyone = {of_task.name: range(len(directories)) for of_task in tasks}
+        together = everyone if task else driver.ensembles(cfg, directories, tasks)
+    result = driver.evaluate(cfg, directories, tasks, split, together=together)
     for note in result["notes"]:
         report.note(note)
     if as_json:

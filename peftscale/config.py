@@ -382,6 +382,24 @@ class RunConfig(Frozen):
         return self
 
     @model_validator(mode="after")
+    def rates_of_networks_have_networks(self) -> Self:
+        of_adapters = {} if self.method != "adapters" else self.adapters
+        with_networks = [name for name, adapter in of_adapters.items() if adapter.reparam != "none"]
+        own = {name: adapter.train.network_learning_rate for name, adapter in of_adapters.items() if adapter.train}
+        given = [(f"adapters.{name}.train.", rate) for name, rate in own.items() if name not in with_networks]
+        if not with_networks:
+            given.append(("train.", self.train.network_learning_rate))
+        wrong = [
+            f"{where}network_learning_rate: is the rate of a re-parametrised adapter's network, and there is none; "
+            f"leave it out, or set reparam, got {rate:g}"
+            for where, rate in given
+            if rate is not None
+        ]
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        return self
+
+    @model_validator(mode="after")
     def method_is_possible(self) -> Self:
         method, stored, train, wrong = self.method, self.base.quantization, self.baseline_train, []
         if method in ("lora", "few_shot") and getattr(self, method) is None:

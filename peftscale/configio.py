@@ -240,7 +240,9 @@ def _value(keys: tuple[str, ...], typed: str) -> Any:
     """What was typed after the equals sign. Where the key holds text nothing is read into it (1e5, no, a: b)."""
     is_text, is_optional = complaints.holds_text(keys)
     is_quoted = len(typed) > 1 and typed[0] == typed[-1] and typed[0] in "'\""
-    is_product = keys[0] == "adapters" and typed.startswith("[") and bool(complaints.words_of(keys))
+    # A text may begin with a bracket by itself; words and paths do not.
+    is_listed = keys[-1] == "init_adapter" or bool(complaints.words_of(keys))
+    is_product = keys[0] == "adapters" and typed.startswith("[") and is_listed
     if is_text and not is_quoted and not is_product and not (is_optional and typed in ("null", "~")):
         return typed
     return OmegaConf.from_dotlist([f"value={typed}"])._get_node("value")

@@ -13,6 +13,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -31,6 +32,7 @@ from peftscale import (
     storage,
     workers,
 )
+from peftscale.complaints import close_to
 from peftscale.config import RunConfig, TaskConfig
 from peftscale.errors import AdapterError, CheckpointError, ClusterError, ConfigError, PeftscaleError, TrainingError
 from peftscale.records import NoteRecord, Record, RunSummary, StepRecord
@@ -56,9 +58,17 @@ def run(cfg: RunConfig, *, resume: bool = False, show: bool = True) -> RunSummar
         PeftscaleError: the user's input is wrong; nothing of a new run is left behind.
         TrainingError: the run failed.
     """
-    is_main = int(os.environ.get("RANK", "0")) == 0 or cfg.cluster.max_workers > 0
     if resume and cfg.method in _NOT_RESUMED:
-        raise CheckpointError(f"--resume {cfg.name}: {_NOT_RESUMED[cfg.method]} Start it under another name.")
+        raise CheckpointError(
+            f"--resume {cfg.name}: {_NOT_RESUMED[cfg.method]} Start it under another name, or all of it again with "
+            f"--finish."
+        )
+    return _run(cfg, resume=resume, show=show)
+
+
+def _run(cfg: RunConfig, *, resume: bool, show: bool) -> RunSummary:
+    """`run`, where what keeps no checkpoint begins again."""
+    is_main = int(os.environ.get("RANK", "0")) == 0 or cfg.cluster.max_workers > 0
     if cfg.cluster.max_workers > 0:
         _check_resources(cfg)  # before anything is written
     mirror = storage.Mirror(cfg)
@@ -85,7 +95,8 @@ def run(cfg: RunConfig, *, resume: bool = False, show: bool = True) -> RunSummar
 
 
 def finished(cfg: RunConfig) -> RunSummary:
-    """The summary of a run: of the one that ended under its name, else of one that is made, or gone on with, now.
+    """The summary of a run: of the one that ended under its name, else of one that is made, or gone on with, now. What
+    keeps no checkpoint, full fine-tuning and prompt design, begins again.
 
     Raises:
         ConfigError: the run under its name is another one.
@@ -100,7 +111,7 @@ def finished(cfg: RunConfig) -> RunSummary:
             f"name: the run {cfg.name!r} in {cfg.cluster.storage} has other settings than this one. Remove it, or "
             f"choose another name."
         )
-    return records.read_summary(cfg.summary_path) or run(cfg, resume=True)
+    return records.read_summary(cfg.summary_path) or _run(cfg, resume=True, show=True)
 
 
 def evaluate(
@@ -109,16 +120,33 @@ def evaluate(
     tasks: Sequence[TaskConfig],
     split: str,
     *,
-    with_ensemble: bool = False,
+    together: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """`analysis.matrix.scores` on the run file's workers."""
     payload = {
         "directories": [storage.url_of(path) for path in directories],
         "tasks": [task.model_dump_json() for task in tasks],
         "split": split,
-        "with_ensemble": with_ensemble,
+        "together": {name: list(places) for name, places in together.items()},
     }
     return _work(cfg, "scores", payload)
+
+
+def ensembles(cfg: RunConfig, directories: Sequence[Path], tasks: Sequence[TaskConfig]) -> dict[str, list[int]]:
+    """Name of a task -> places in `directories` of the adapters that were trained on it, where there are several.
+
+    Raises:
+        ConfigError: no two adapters have a task in common.
+    """
+    own = [_tasks_of(cfg, path) for path in directories]
+    found = {task.name: [place for place, of_one in enumerate(own) if task in of_one] for task in tasks}
+    several = {name: places for name, places in found.items() if len(places) > 1}
+    if not several:
+        raise ConfigError(
+            "--ensemble: no two of these adapters were trained on the same task. Name the task with --task, and all of "
+            "them answer together on it."
+        )
+    return several
 
 
 def generate(cfg: RunConfig, directories: Sequence[Path], rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
@@ -215,9 +243,16 @@ def _named_task(cfg: RunConfig, word: str, option: str) -> TaskConfig:
     entry = catalogue.entries().get(word)
     if entry is not None and "hub" in entry.task:
         return TaskConfig.model_validate(entry.task)
+    if entry is not None:
+        raise ConfigError(
+            f"{option} {word}: the catalogue has its form alone, for files of your own. Name a run file, of which the "
+            f"task is taken, with `task: {{name: {word}, files: ...}}`."
+        )
+    known = [*of_run, *(name for name, one in catalogue.entries().items() if "hub" in one.task)]
     raise ConfigError(
         f"{option} {word}: neither a task of the run file ({', '.join(of_run)}) nor one that the catalogue loads by "
-        f"itself (`peftscale tasks`). Name one of them, or a run file, of which the task is taken."
+        f"itself (`peftscale tasks`). Name one of them, or a run file, of which the task is taken"
+        f"{close_to(word, known)}"
     )
 
 
@@ -300,7 +335,7 @@ def _scores(cfg: RunConfig, payload: dict[str, Any]) -> dict[str, Any]:
 
     tasks = [TaskConfig.model_validate_json(text, strict=True) for text in payload["tasks"]]
     directories = [storage.here(place) for place in payload["directories"]]
-    return matrix.scores(cfg, directories, tasks, payload["split"], with_ensemble=payload["with_ensemble"])
+    return matrix.scores(cfg, directories, tasks, payload["split"], together=payload["together"])
 
 
 def _answers(cfg: RunConfig, payload: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
-from peftscale import configio
+from peftscale import configio, redaction
 from peftscale.adapters import Adapter, Folded
 from peftscale.base.load import Base
 from peftscale.base.passes import generate, generates_with, target_logits
@@ -313,7 +313,7 @@ def main() -> None:
     try:
         cli_evaluate()
     except PeftscaleError as error:
-        print(error, file=sys.stderr)
+        print(redaction.redacted(str(error)), file=sys.stderr)
         code = 2
     if comm.expected_world_size() > 1:
         comm.leave(code)

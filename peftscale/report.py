@@ -85,10 +85,10 @@ def scores_table(result: Mapping[str, Any]) -> Table:
             rows.setdefault("(base alone)", []).append(of_task["base"])
         for name, scored in of_task["adapters"].items():
             rows.setdefault(name, []).append(scored["metrics"])
-        for way in ("average", "best", "vote", "likelihood"):
-            if "ensemble" in of_task:
-                nothing = dict.fromkeys(of_task["base"], float("nan"))
-                rows.setdefault(f"({way})", []).append(of_task["ensemble"].get(way, nothing))
+        if any("ensemble" in one for one in tasks.values()):
+            nothing = dict.fromkeys(of_task["base"], float("nan"))
+            for way in ("average", "best", "vote", "likelihood"):
+                rows.setdefault(f"({way})", []).append(of_task.get("ensemble", {}).get(way, nothing))
     for name, of_tasks in rows.items():
         table.add_row(name, *(f"{value:.4f}" for metrics in of_tasks for value in metrics.values()))
     return table

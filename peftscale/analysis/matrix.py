@@ -3,7 +3,7 @@
 All cells are evaluated in the same passes by `train.use`; ensembles are `analysis.ensembles`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def scores(
     tasks: Sequence[TaskConfig],
     split: Split,
     *,
-    with_ensemble: bool = False,
+    together: Mapping[str, Sequence[int]],
 ) -> dict[str, Any]:
     """Evaluate adapters, and the base without a prompt, on a split of each task.
 
@@ -29,12 +29,12 @@ def scores(
         cfg: of the base and the passes; its own tasks do not count.
         directories: of the adapters; where the run's method is a baseline, the one of its state.
         tasks: of different names.
-        with_ensemble: let the adapters answer together too.
+        together: name of a task -> places in `directories` of the adapters that answer together on it too.
 
     Returns:
         {"split", "tasks": {name: {"examples", "base": metrics, "adapters": {directory: {"metrics", "predictions"}}}},
-        "notes"}; `predictions` are labels or texts in the split's order. A baseline has no "base". With an ensemble
-        each task has "ensemble", as `ensembles.scores` gives it.
+        "notes"}; `predictions` are labels or texts in the split's order. A baseline has no "base". A task of
+        `together` has "ensemble", as `ensembles.scores` gives it.
     """
     if cfg.method == "adapters":
         names = [BASE_ALONE, *map(str, directories)]
@@ -56,6 +56,7 @@ def scores(
                 for name, result in by_name.items()
             },
         }
-        if with_ensemble:
-            by_task[task.name]["ensemble"] = ensembles.scores(list(by_name.values()), partial(evaluate.score, cell))
+        if task.name in together:
+            members = [by_name[str(directories[place])] for place in together[task.name]]
+            by_task[task.name]["ensemble"] = ensembles.scores(members, partial(evaluate.score, cell))
     return {"split": split, "tasks": by_task, "notes": found.notes}

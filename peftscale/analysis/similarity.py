@@ -8,6 +8,7 @@ mean tokens, or by the mean cosine of all pairs of tokens.
 Shapes:  P, Q virtual tokens of two adapters   W width of a virtual token (adapters.peft_format)
 """
 
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def rank(directory: Path, library: Path) -> dict[str, Any]:
         AdapterError: the adapter cannot be read, or nothing in the library can be compared with it.
     """
     own = files.read(directory)
-    rows, notes = [], []
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
     for path in _adapters_in(library):
         if path.resolve() == directory.resolve():
             continue
@@ -71,7 +73,7 @@ def rank(directory: Path, library: Path) -> dict[str, Any]:
         raise AdapterError(f"{library}: holds {found}. Name a directory with adapters of {directory}'s base and kind.")
     return {
         "adapter": str(directory),
-        "library": sorted(rows, key=lambda row: -float(str(row["mean_tokens"]))),
+        "library": sorted(rows, key=itemgetter("mean_tokens"), reverse=True),
         "notes": notes,
     }
 

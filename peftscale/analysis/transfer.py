@@ -48,12 +48,14 @@ def members(runs: Sequence[RunConfig], seeds: Sequence[int]) -> list[Member]:
             what they are.
 
     Raises:
-        ConfigError: two runs of one name, or one that trains nothing.
+        ConfigError: two runs of one name, a seed given twice, or a run that trains nothing.
     """
-    names = [run.name for run in runs]
-    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    twice = _twice([run.name for run in runs])
     if twice:
         raise ConfigError(f"name: two run files are called {twice[0]!r}; each method needs a name of its own.")
+    again = _twice(seeds)
+    if again:
+        raise ConfigError(f"--seed {again[0]}: given twice; a band is over seeds that differ. Leave one out.")
     found: list[Member] = []
     for run in runs:
         if run.method == "few_shot":
@@ -90,8 +92,17 @@ def study(
         seed by seed, where both have the same first metric. Bands of one seed have no deviation and no ends.
 
     Raises:
-        ConfigError: something is trained on a target beside its own task.
+        ConfigError: two different tasks of one name, or something is trained on a target beside its own task.
     """
+    known: list[TaskConfig] = []
+    for task in (*(member.task for member in found), *targets):
+        known += [] if task in known else [task]
+    twice = _twice([task.name for task in known])
+    if twice:
+        raise ConfigError(
+            f"task.name: two different tasks are called {twice[0]!r}, and scores are told apart by it. Give one of "
+            f"them another name."
+        )
     for member in found:
         seen = [task.name for task in targets if task in member.more_tasks]
         if seen:
@@ -152,6 +163,11 @@ def _on(task: TaskConfig, own: TaskConfig, scores: Sequence[dict[str, dict[str, 
         at_home = [of_seed[own.name][metric] for of_seed in scores]
         found["shift"] = band([away - home for away, home in zip(values, at_home, strict=True)])
     return found
+
+
+def _twice(given: Sequence[Any]) -> list[Any]:
+    """What is there again, in order."""
+    return [one for i, one in enumerate(given) if one in given[:i]]
 
 
 def _with_seed(run: RunConfig, seed: int) -> RunConfig:

@@ -3,7 +3,8 @@
 The demonstrations are a soft prompt whose rows are the embeddings of their tokens. So they go through our own base,
 quantised and sharded as adapters do, and are computed once a pass instead of once an input.
 
-Source: Brown et al. 2020, arXiv:2005.14165, section 2.4 (k examples, a blank line between them, likelihoods compared);
+Source: Brown et al. 2020, arXiv:2005.14165, section 2.4 (k examples, a blank line between them; likelihoods of
+labels are compared whole, not a token of them);
 Zhao et al. 2021, arXiv:2102.09690, section 5 (contextual calibration: N/A, [MASK] and nothing for an input, the mean of
 what the labels get behind them, divided by).
 """

@@ -3,8 +3,9 @@
 Text in, text out. Reading files is `rows`, making texts of them is `texts`, token ids are `tokens`; the order
 in which examples are trained on is `batches`. Only target tokens count in the loss.
 
-Source: the text-to-text form of Raffel et al. 2020, arXiv:1910.10683, section 2.4; classification by the
-likelihood of the label words as in Brown et al. 2020, arXiv:2005.14165, section 2.4.
+Source: the text-to-text form of Raffel et al. 2020, arXiv:1910.10683, section 2.4. Classification compares the
+likelihoods of the labels' words: the probability that the base writes a label, so that longer ones are not favoured by
+dividing by their tokens.
 """
 
 import itertools

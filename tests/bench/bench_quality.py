@@ -271,9 +271,10 @@ def transfer(study: Study, base: str, task: str) -> None:
     targets = [study.config("shift-prompt", base, target, adapters=prompt).task for target in SHIFTS[task]]
     found = transfer_study.members(runs, SEEDS)
     result = transfer_study.study(found, targets, "test", train=driver.finished, score=driver.evaluate)
+    titles = {run.name: "prompt20" if run.method == "adapters" else run.method for run in runs}
     for method, of_method in result["methods"].items():
         for name, on in of_method["tasks"].items():
-            study.row(f"{base} {task} -> {name}", method.split(".")[0], on["values"], seconds=0)
+            study.row(f"{base} {task} -> {name}", titles[method], on["values"], seconds=0)
             if on["shift"]:
                 mean, deviation, low, high = (on["shift"][key] for key in ("mean", "deviation", "low", "high"))
                 line(
@@ -287,7 +288,7 @@ def ensemble(study: Study, base: str, task: str) -> None:
     cfg = study.config("ensemble", base, task, adapters=adapters)
     found, seconds = after(cfg)
     places = driver.adapter_dirs(cfg, None)
-    result = driver.evaluate(cfg, places, [cfg.task], "test", with_ensemble=True)
+    result = driver.evaluate(cfg, places, [cfg.task], "test", together={task: range(len(places))})
     print(json.dumps({key: value for key, value in result["tasks"][task].items() if key != "adapters"}))
     study.row(f"{base} {task}", "average", list(found.values()), seconds=seconds)
 

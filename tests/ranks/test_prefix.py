@@ -216,7 +216,7 @@ def test_a_stopped_run_of_prefixes_ends_bitwise_where_an_uninterrupted_one_ends(
         assert written.stat().st_size == of_adapter["file_bytes"]
         assert files.verify(Path(of_adapter["dir"])) is not None, name
     directories = [Path(one["dir"]) for one in summary["adapters"].values()]
-    found = matrix.scores(whole, directories, [whole.task], "validation")["tasks"][whole.task.name]
+    found = matrix.scores(whole, directories, [whole.task], "validation", together={})["tasks"][whole.task.name]
     for of_adapter in summary["adapters"].values():  # trained adapters at work, from their files
         assert found["adapters"][of_adapter["dir"]]["metrics"] == of_adapter["after"]
     kept = load_file(whole.run_dir / "checkpoints" / "step-6" / "adapters.safetensors")

@@ -309,6 +309,16 @@ def test_what_keeps_no_checkpoint_is_not_resumed(tmp_path: Path, changes: dict[s
         driver.run(cfg, resume=True, show=False)
 
 
+@pytest.mark.parametrize("changes", [FULL, FEW], ids=["full", "few_shot"])
+def test_what_keeps_no_checkpoint_is_finished_by_beginning_again(tmp_path: Path, changes: dict[str, Any]) -> None:
+    cfg = tiny.run_config(tmp_path, **changes)
+    whole = driver.run(cfg, show=False)
+    cfg.summary_path.unlink()  # as where the machine was taken away before the end
+    again = driver.finished(cfg)
+    assert {name: one.after for name, one in again.adapters.items()} == {n: o.after for n, o in whole.adapters.items()}
+    assert driver.finished(cfg) == again
+
+
 @pytest.mark.parametrize(
     ("more", "rows"),
     [

@@ -12,7 +12,7 @@ import yaml
 from peftscale import catalogue, configio
 from peftscale.config import DataFiles, RunConfig, TaskConfig
 from peftscale.data import texts
-from peftscale.errors import ConfigError
+from peftscale.errors import ConfigError, DataError
 
 SUPERGLUE = {"boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc"}
 OTHERS = {"sst2", "mrpc", "qqp", "emotion", "ag_news", "imdb", "squad", "webnlg", "e2e_nlg", "wmt16_en_ro"}
@@ -247,6 +247,16 @@ def test_a_hidden_label_of_the_hub_is_refused(tmp_path: Path) -> None:
     row = {"passage": "p", "question": "q", "label": -1}
     with pytest.raises(Exception, match="task.target renders '-1'"):
         texts.render(catalogue.entries()["boolq"].over(_rows(tmp_path, [row])), "validation")
+
+
+@pytest.mark.parametrize(("label", "holds"), [(1, True), ("True", True), (True, True), (0, False), ("False", False)])
+def test_wsc_reads_its_labels_in_any_spelling_and_refuses_hidden_ones(tmp_path: Path, label: Any, holds: bool) -> None:
+    row = {"text": "He gave it to Bo .", "span1_text": "Ann", "span2_text": "it", "span2_index": 2, "label": label}
+    task = catalogue.entries()["wsc"]
+    (found,) = texts.render(task.over(_rows(tmp_path, [row])), "validation")
+    assert found.target_holds is holds
+    with pytest.raises(DataError, match="task.target_holds"):
+        texts.render(task.over(_rows(tmp_path, [{**row, "label": -1}])), "validation")
 
 
 def test_tasks_lists_the_catalogue_and_counts_local_data(tmp_path: Path) -> None:

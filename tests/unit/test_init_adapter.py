@@ -95,6 +95,15 @@ def test_the_decoder_s_rows_start_at_the_decoder_s(tmp_path: Path) -> None:
         adapters.build(cfg, t5)
 
 
+def test_several_sources_make_an_adapter_each(here: Path, base: Base) -> None:
+    cfg = _config(here, {"kind": "prompt", "length": 1, "init": "random"})
+    sources = [str(_save(here / f"of-{n}", SoftPrompt(torch.randn(2, 64)), cfg, base.digest, base)) for n in range(2)]
+    found = tiny.configio.load(
+        here / "run.json", ["adapters.mood.init=adapter", f"adapters.mood.init_adapter=[{','.join(sources)}]"]
+    )
+    assert [str(adapter.init_adapter) for adapter in found.adapters.values()] == sources
+
+
 def test_training_it_leaves_the_source_as_it_was(here: Path, base: Base) -> None:
     source = SoftPrompt(torch.randn(5, 64))
     _started(here, base, source, "prompt", 5).zero_()

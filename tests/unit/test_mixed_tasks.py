@@ -234,9 +234,31 @@ def test_an_ensemble_stands_beside_its_adapters(here: Path) -> None:
     assert found["tasks"]["reviews"]["ensemble"]["vote"]["accuracy"] == pytest.approx(hits / 7)
 
 
+def test_where_no_task_is_named_those_of_one_task_are_an_ensemble(here: Path, tmp_path: Path) -> None:
+    run = json.loads((here / "run.json").read_text())
+    run["name"], run["adapters"]["more"] = "two", {**run["adapters"]["mood"], "seed": 9}
+    (tmp_path / "two.json").write_text(json.dumps(run))
+    assert commands.run("train", tmp_path / "two.json").code == 0
+    done = commands.run("evaluate", tmp_path / "two.json", "--ensemble", "--json")
+    found = json.loads(done.out)["tasks"]
+    assert {name: of_task.get("ensemble", {}).get("size") for name, of_task in found.items()} == {
+        "reviews": 2,
+        "answers": None,
+        "words": None,
+    }
+    of_reviews = found["reviews"]
+    each = [one for name, one in of_reviews["adapters"].items() if Path(name).parent.name in ("mood", "more")]
+    best = max(one["metrics"]["accuracy"] for one in each)
+    assert of_reviews["ensemble"]["best"]["accuracy"] == best
+    shown = commands.run("evaluate", tmp_path / "two.json", "--ensemble")
+    (row,) = [line for line in shown.err.splitlines() if "(vote)" in line]
+    assert row.count("nan") == 2  # of the two tasks with one adapter each
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--ensemble"], "--ensemble: no two of these adapters were trained on the same task. Name the task with"),
         (["--task", "review"], "--task review: neither a task of the run file (reviews, answers, words) nor one that"),
         (["--split", "dev"], "--split: must be train, validation or test, got 'dev'"),
         (["-a", "{mood}", "--ensemble"], "--ensemble: needs two adapters at least, got one"),

@@ -122,6 +122,19 @@ def test_a_network_size_without_a_network_is_refused(tmp_path: Path) -> None:
         _config(tmp_path, adapters={"mood": {**RESIDUAL, "reparam_hidden_size": None}})
 
 
+def test_a_rate_of_a_network_without_a_network_is_refused(tmp_path: Path) -> None:
+    bare, own = {"kind": "prompt", "length": 2, "init": "random"}, {"train": {"network_learning_rate": 0.02}}
+    with pytest.raises(ConfigError, match="train.network_learning_rate: is the rate of a re-parametrised adapter's"):
+        _config(tmp_path, adapters={"mood": bare}, **{"train.network_learning_rate": 0.01})
+    with pytest.raises(ConfigError, match="adapters.bare.train.network_learning_rate: .* got 0.02"):
+        _config(tmp_path, adapters={"mood": RESIDUAL, "bare": {**bare, **own}})
+    lora = {"method": "lora", "lora": {"rank": 2, "alpha": 4}, "adapters": {"mood": RESIDUAL}}
+    with pytest.raises(ConfigError, match="train.network_learning_rate: "):
+        _config(tmp_path, **lora, **{"train.network_learning_rate": 0.01})
+    mixed = _config(tmp_path, adapters={"mood": RESIDUAL, "bare": bare}, **{"train.network_learning_rate": 0.01})
+    assert mixed.adapter_train("mood").network_learning_rate == 0.01
+
+
 def test_a_scaled_start_has_mean_and_deviation_of_the_frequent_embeddings(tmp_path: Path) -> None:
     adapter = {"kind": "prompt", "length": 400, "init": "scaled", "init_top": 300}
     cfg = tiny.run_config(

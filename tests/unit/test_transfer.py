@@ -77,6 +77,8 @@ def test_a_baseline_is_a_run_for_each_seed(cfg: RunConfig, tmp_path: Path) -> No
 def test_runs_that_cannot_be_compared_are_refused(cfg: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="two run files are called 'tiny'; each method needs a name of its own"):
         transfer.members([cfg, cfg], [])
+    with pytest.raises(ConfigError, match="--seed 4: given twice; a band is over seeds that differ"):
+        transfer.members([cfg], [4, 1, 4])
     shown = tiny.run_config(tmp_path, name="shown", method="few_shot", few_shot={"examples": 2})
     with pytest.raises(ConfigError, match="shown: method 'few_shot' trains nothing on one task"):
         transfer.members([shown], [])
@@ -100,6 +102,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         turned = {"bad": " good", "good": " bad"}
         tiny.run_config(root, **changes, **{"task.name": "turned", "task.labels": turned})
         (root / "run.json").rename(root / "turned.json")
+        tiny.run_config(root, **changes, **{"task.labels": turned})
+        (root / "run.json").rename(root / "namesake.json")
         tiny.run_config(root, **changes, name="low", **LORA)
         (root / "run.json").rename(root / "lora.json")
         yield root
@@ -169,6 +173,9 @@ def test_a_baseline_stands_beside_the_prompt(here: Path) -> None:
     ("arguments", "message"),
     [
         (["prompt.json", "--to", "revews"], "--to revews: neither a task of the run file (reviews) nor one that the"),
+        (["prompt.json", "--to", "revews"], "of which the task is taken; did you mean 'reviews'?"),
+        (["prompt.json", "--to", "wsc-jsonl"], "--to wsc-jsonl: the catalogue has its form alone, for files of your"),
+        (["prompt.json", "--to", "namesake.json"], "task.name: two different tasks are called 'reviews', and scores"),
         (["prompt.json", "--to", "turned.json", "--split", "dev"], "--split: must be train, validation or test"),
         (["train.steps=1", "--to", "turned.json"], "transfer: no run file given"),
         (["nowhere.json", "--to", "turned.json"], "nowhere.json: no such file"),
