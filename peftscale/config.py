@@ -400,6 +400,18 @@ class RunConfig(Frozen):
         return self
 
     @model_validator(mode="after")
+    def epsilons_have_adamw(self) -> Self:
+        of_adapters = {} if self.method != "adapters" else self.adapters
+        users = {f"adapters.{name}.train.": self.adapter_train(name).optimizer for name in of_adapters}
+        own = {f"adapters.{name}.train.": one.train.adam_epsilon for name, one in of_adapters.items() if one.train}
+        given = [where for where, value in own.items() if value is not None and users[where] != "adamw"]
+        if self.train.adam_epsilon is not None and "adamw" not in (users.values() or [self.baseline_train.optimizer]):
+            given.append("train.")
+        if given:
+            raise ValueError("\n".join(f"{where}adam_epsilon: is of adamw, not of adafactor" for where in given))
+        return self
+
+    @model_validator(mode="after")
     def method_is_possible(self) -> Self:
         method, stored, train, wrong = self.method, self.base.quantization, self.baseline_train, []
         if method in ("lora", "few_shot") and getattr(self, method) is None:

@@ -31,11 +31,20 @@ class OptimizerConfig(Frozen):
     """Of the network of a re-parametrised adapter, on the same schedule; `learning_rate` where it is left out."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """adamw: multiplied by the rate, as in torch. adafactor: not multiplied by it, as in T5X (1e-5 there)."""
+    adam_epsilon: PositiveFloat | None = None
+    """Of adamw, added to the root of the mean square; 1e-8, torch's, where it is left out. A number whose gradient is
+    far below it moves by that gradient, not by its sign, so that rounding (another number of workers, other adapters
+    in the cohort) moves it less."""
     schedule: Schedule = "constant"
     """The rate after warm-up, down to zero at `steps` for linear and cosine."""
     warmup_steps: NonNegativeInt = 0
     clip_norm: PositiveFloat | None = None
     """Largest L2 norm of one adapter's gradient."""
+
+    @property
+    def epsilon(self) -> float:
+        """Of adamw."""
+        return 1e-8 if self.adam_epsilon is None else self.adam_epsilon
 
     @model_validator(mode="after")
     def warm_up_ends(self) -> Self:
@@ -85,6 +94,7 @@ class AdapterTrainConfig(Frozen):
     learning_rate: Rate | None = None
     network_learning_rate: Rate | None = None
     weight_decay: Annotated[float, Field(ge=0)] | None = None
+    adam_epsilon: PositiveFloat | None = None
     schedule: Schedule | None = None
     warmup_steps: NonNegativeInt | None = None
     clip_norm: Annotated[float, Field(ge=0)] | None = None

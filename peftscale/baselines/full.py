@@ -131,7 +131,9 @@ def _local_rank() -> Iterator[None]:
 def _optimizer(cfg: TrainConfig, named: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
     match cfg.optimizer:
         case "adamw":
-            return torch.optim.AdamW(named.values(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
+            return torch.optim.AdamW(
+                named.values(), lr=cfg.learning_rate, eps=cfg.epsilon, weight_decay=cfg.weight_decay
+            )
         case "adafactor":
             return SlicedAdafactor(named.values(), weight_decay=cfg.weight_decay)
 

@@ -45,6 +45,7 @@ class Session:
         optimizer: Optimizer,
         learning_rate: float,
         weight_decay: float = 0.0,
+        adam_epsilon: float | None = None,
         schedule: Schedule = "constant",
         steps: int | None = None,
         warmup_steps: int = 0,
@@ -59,8 +60,8 @@ class Session:
             base: of `load_base`.
             adapters: name -> config, as `adapters` in a run file. `train` may change what an optimizer uses for one of
                 them; the template of `task` is kept with the adapter that is saved, its data are not read.
-            optimizer, learning_rate, weight_decay, schedule, warmup_steps, clip_norm, network_learning_rate: as `train`
-                in a run file.
+            optimizer, learning_rate, weight_decay, adam_epsilon, schedule, warmup_steps, clip_norm,
+                network_learning_rate: as `train` in a run file.
             steps: after which no more can be taken; needed by the schedules that end. None: no end.
             seed: of the starts of adapters that have none of their own.
             microbatch_tokens: as in a run file: it bounds memory, not the result.
@@ -74,6 +75,7 @@ class Session:
             "optimizer": optimizer,
             "learning_rate": learning_rate,
             "weight_decay": weight_decay,
+            "adam_epsilon": adam_epsilon,
             "schedule": schedule,
             "steps": ENDLESS if steps is None else steps,
             "warmup_steps": warmup_steps,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from peftscale.adapters import Adapter, ReparametrisedPrefix, ResidualPrompt
 from peftscale.config import OptimizerConfig
 
-_BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8  # AdamW, torch's defaults
+_BETA1, _BETA2 = 0.9, 0.999  # AdamW, torch's defaults
 _DECAY_POWER, _EPS_SQUARE, _CLIP_RMS = -0.8, 1e-30, 1.0  # Adafactor, the paper's
 
 
@@ -236,7 +236,7 @@ def _adamw_(optimizers: Sequence[AdapterOptimizer], rates: Sequence[float]) -> N
     torch._foreach_addcmul_(squares, grads, grads, 1 - _BETA2)
     under = torch._foreach_sqrt(squares)
     torch._foreach_div_(under, _each(optimizers, [(1 - _BETA2**o.num_updates) ** 0.5 for o in optimizers]))
-    torch._foreach_add_(under, _EPS)
+    torch._foreach_add_(under, _each(optimizers, [o.cfg.epsilon for o in optimizers]))
     sizes = [-rate * factor / (1 - _BETA1**o.num_updates) for o, rate in pairs for factor in o.factors]
     torch._foreach_addcdiv_(values, means, under, sizes)
 

@@ -298,7 +298,7 @@ ADAMW: Section = {"optimizer": "adamw", "clip_norm": 1.0}
 BASELINES: dict[str, tuple[Section, list[float]]] = {
     "few_shot": ({"examples": 8, "calibrated": True}, []),
     "lora": ({"rank": 8, "alpha": 16}, [3e-3, 1e-2]),
-    "full_finetuning": ({}, [3e-4, 1e-3, 3e-3]),
+    "full_finetuning": ({}, [3e-4, 1e-3, 3e-3, 1e-2]),
 }
 """What each method does, and the rates of AdamW among which it is searched."""
 LEAST_DEVIATION = 1e-9

@@ -180,7 +180,7 @@ def survive(tmp: Path, *, kills: int, steps: int, seed: int) -> dict[str, float]
 
 def grow(tmp: Path) -> dict[str, float]:
     """A run that begins on one node and takes on a second one. Raises AssertionError where it does not."""
-    steps, workers._GROW_EVERY_S = 1500, 5.0  # a minute, else, and the run would have to last several
+    steps, workers._GROW_EVERY_S = 800, 5.0  # a minute, else, and the run would have to last several
     calm = config(tmp, "small", steps, **{"cluster.workers": 0, "train.checkpoint_every": 100})
     driver.run(calm, show=False)
     growing = config(

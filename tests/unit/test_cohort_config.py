@@ -248,3 +248,13 @@ def test_the_schema_takes_lists_where_a_product_may_stand(write: Write) -> None:
     for wrong in ({"length": [1, "x"]}, {"length": [5, 5]}, {"train": {"steps": []}}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({**run, "adapters": {"a": {**PROMPT, **wrong}}}, schema)
+
+
+def test_an_epsilon_of_adamw_is_refused_where_nothing_uses_it(write: Write) -> None:
+    path = write({"a": PROMPT, "b": PROMPT})
+    plain = ["train.optimizer=adafactor", "train.adam_epsilon=1e-6"]
+    assert problems_of(path, *plain) == ["run file: train.adam_epsilon: is of adamw, not of adafactor"]
+    cfg = configio.load(path, [*plain, "adapters.a.train.optimizer=adamw"])
+    assert cfg.adapter_train("a").epsilon == 1e-6
+    own = ["train.optimizer=adamw", "adapters.b.train.optimizer=adafactor", "adapters.b.train.adam_epsilon=0.1"]
+    assert problems_of(path, *own) == ["run file: adapters.b.train.adam_epsilon: is of adamw, not of adafactor"]

@@ -160,16 +160,34 @@ def test_an_update_of_many_adapters_is_as_many_calls_as_that_of_one(kind: str) -
     assert found[2] == 32 * found[0]  # the control: one after the other
 
 
-def test_adamw_is_bitwise_that_of_torch() -> None:
+@pytest.mark.parametrize("epsilon", [None, 1e-3])
+def test_adamw_is_bitwise_that_of_torch(epsilon: float | None) -> None:
     ours, theirs = _prompt(), _prompt()
-    optimizer = AdapterOptimizer([ours], _config(optimizer="adamw", learning_rate=0.02, weight_decay=0.1))
-    library = torch.optim.AdamW([theirs], lr=0.02, weight_decay=0.1)
+    own = {} if epsilon is None else {"adam_epsilon": epsilon}
+    optimizer = AdapterOptimizer([ours], _config(optimizer="adamw", learning_rate=0.02, weight_decay=0.1, **own))
+    library = torch.optim.AdamW([theirs], lr=0.02, weight_decay=0.1, **({} if epsilon is None else {"eps": epsilon}))
     for step in range(10):
         ours.grad = torch.sin(ours.detach() * (step + 1) * 50)
         theirs.grad = ours.grad.clone()
         optimizer.update(step)
         library.step()
         assert torch.equal(ours, theirs)
+
+
+def test_an_epsilon_keeps_rounding_from_deciding_a_first_move() -> None:
+    """Two gradients that differ by rounding, on two sides of zero."""
+    ends = {}
+    for epsilon in (None, 1e-6):
+        for sign in (1, -1):
+            prompt = nn.Parameter(torch.zeros(3))
+            optimizer = AdapterOptimizer([prompt], _config(optimizer="adamw", learning_rate=0.1, adam_epsilon=epsilon))
+            prompt.grad = torch.tensor([1e-3, sign * 1e-8, -1e-3])
+            optimizer.update(0)
+            ends[epsilon, sign] = prompt.detach()
+    apart = {epsilon: float((ends[epsilon, 1] - ends[epsilon, -1]).norm()) for epsilon in (None, 1e-6)}
+    assert apart[None] == pytest.approx(0.1)  # 0.05 each way: as much as the epsilon
+    assert apart[1e-6] < 0.0021
+    assert torch.allclose(ends[1e-6, 1][[0, 2]], torch.tensor([-0.1, 0.1]), rtol=2e-3)
 
 
 def test_a_number_that_is_not_finite_is_found_in_the_adapter_that_has_it() -> None:
