@@ -47,7 +47,11 @@ def train(
         str | None, typer.Option(help="Go on with the run of this name from its last checkpoint.")
     ] = None,
     finish: Annotated[
-        bool, typer.Option("--finish", help="Go on with the run of this name and these settings if there is one.")
+        bool,
+        typer.Option(
+            "--finish",
+            help="Go on with the run of this name and these settings if there is one, or begin it again.",
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -60,7 +64,7 @@ def train(
     try:
         summary = driver.finished(cfg) if finish else driver.run(cfg, resume=resume is not None)
     except KeyboardInterrupt:
-        report.note(f"stopped; go on with: peftscale train {run_file} --resume {cfg.name}")
+        report.note(f"stopped; go on with: peftscale train {run_file} {cfg.going_on}")
         raise typer.Exit(1) from None
     if as_json:
         report.show_json(summary.model_dump(mode="json"))
@@ -121,7 +125,9 @@ def evaluate(
         typer.Option(help="A task of the run file or catalogue, or a run file; repeatable. Left out: the adapters'."),
     ] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    ensemble: Annotated[bool, typer.Option("--ensemble", help="Let the adapters answer together too.")] = False,
+    ensemble: Annotated[
+        bool, typer.Option("--ensemble", help="Let adapters of one task answer together too; on a --task all.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Score every adapter, and the base without any, on every task, in the same passes. The base is loaded once."""

@@ -21,7 +21,7 @@ from peftscale.config import RunConfig, TrainConfig
 Keys = tuple[str, ...]
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}
 _OF_ADAPTER = re.compile(r"^adapters\.(\S+?)\.([a-z_]+(?:\.[a-z_]+)*): (.+)$")
-_OWN_KEYS = re.compile(r"^([a-z_]+(?:, [a-z_]+)*): (.+)$", re.DOTALL)
+_OWN_KEYS = re.compile(r"^([a-z_]+(?:\.[a-z_]+)*(?:, [a-z_]+)*): (.+)$", re.DOTALL)
 
 
 class Problems:
@@ -125,7 +125,7 @@ def collect(error: ValidationError, raw: Mapping[str, Any], problems: Problems) 
                     problems.add(("adapters", of_adapter[1], *of_adapter[2].split(".")), of_adapter[3])
                 elif named := _OWN_KEYS.match(text):
                     where = ", ".join(".".join((*keys, key)) for key in named[1].split(", "))
-                    problems.add((*keys, named[1]) if ", " not in named[1] else where, named[2])
+                    problems.add((*keys, *named[1].split(".")) if ", " not in named[1] else where, named[2])
                 else:
                     problems.add(keys, text)
         elif item["type"] in ("union_tag_invalid", "union_tag_not_found"):

@@ -238,6 +238,44 @@ def refuse_endless_warm_ups(adapters: Mapping[str, AdapterSettings], of_run: Opt
         raise ValueError("\n".join(wrong))
 
 
+def refuse_what_no_optimizer_uses(
+    adapters: Mapping[str, AdapterConfig],
+    of_run: OptimizerConfig,
+    baselines: Mapping[str, AdapterTrainConfig | None],
+    *,
+    of_run_in: str,
+) -> None:
+    """Check keys that some optimizers use alone: what adapters or baselines have for themselves each of them must use,
+    and what is the run's one of them, whatever the method is.
+
+    Args:
+        adapters: of the run.
+        of_run: what they share.
+        baselines: name of a section -> what it has otherwise.
+        of_run_in: where the run's keys stand, for messages.
+
+    Raises:
+        ValueError: a line for each key without a use. For a validator.
+    """
+    users = [(f"adapters.{name}.", adapter.train, adapter.reparam != "none") for name, adapter in adapters.items()]
+    users += [(f"{name}.", own, False) for name, own in baselines.items()]
+    adamw = [(of_run if own is None else own.over(of_run)).optimizer == "adamw" for _, own, _ in users]
+    rate = "is the rate of a re-parametrised adapter's network, and there is none; set reparam or leave it out, got"
+    epsilon = "is AdamW's, and what would use it has adafactor; set optimizer to 'adamw' or leave it out, got"
+    wrong = []
+    for (where, own, has_network), is_adamw in zip(users, adamw, strict=True):
+        if own is not None and own.network_learning_rate is not None and not has_network:
+            wrong.append(f"{where}train.network_learning_rate: {rate} {own.network_learning_rate:g}")
+        if own is not None and own.adam_epsilon is not None and not is_adamw:
+            wrong.append(f"{where}train.adam_epsilon: {epsilon} {own.adam_epsilon:g}")
+    if of_run.network_learning_rate is not None and not any(has_network for _, _, has_network in users):
+        wrong.append(f"{of_run_in}network_learning_rate: {rate} {of_run.network_learning_rate:g}")
+    if of_run.adam_epsilon is not None and not any(adamw):
+        wrong.append(f"{of_run_in}adam_epsilon: {epsilon} {of_run.adam_epsilon:g}")
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
 def is_url(place: str) -> bool:
     """Whether a place is one of an object store, and no directory."""
     return "://" in place
@@ -382,33 +420,14 @@ class RunConfig(Frozen):
         return self
 
     @model_validator(mode="after")
-    def rates_of_networks_have_networks(self) -> Self:
-        of_adapters = {} if self.method != "adapters" else self.adapters
-        with_networks = [name for name, adapter in of_adapters.items() if adapter.reparam != "none"]
-        own = {name: adapter.train.network_learning_rate for name, adapter in of_adapters.items() if adapter.train}
-        given = [(f"adapters.{name}.train.", rate) for name, rate in own.items() if name not in with_networks]
-        if not with_networks:
-            given.append(("train.", self.train.network_learning_rate))
-        wrong = [
-            f"{where}network_learning_rate: is the rate of a re-parametrised adapter's network, and there is none; "
-            f"leave it out, or set reparam, got {rate:g}"
-            for where, rate in given
-            if rate is not None
-        ]
-        if wrong:
-            raise ValueError("\n".join(wrong))
-        return self
-
-    @model_validator(mode="after")
-    def epsilons_have_adamw(self) -> Self:
-        of_adapters = {} if self.method != "adapters" else self.adapters
-        users = {f"adapters.{name}.train.": self.adapter_train(name).optimizer for name in of_adapters}
-        own = {f"adapters.{name}.train.": one.train.adam_epsilon for name, one in of_adapters.items() if one.train}
-        given = [where for where, value in own.items() if value is not None and users[where] != "adamw"]
-        if self.train.adam_epsilon is not None and "adamw" not in (users.values() or [self.baseline_train.optimizer]):
-            given.append("train.")
-        if given:
-            raise ValueError("\n".join(f"{where}adam_epsilon: is of adamw, not of adafactor" for where in given))
+    def every_rate_and_epsilon_has_a_use(self) -> Self:
+        sections = {"lora": self.lora, "full_finetuning": self.full_finetuning}
+        baselines = {
+            name: section.train if section else None
+            for name, section in sections.items()
+            if section is not None or self.method == name
+        }
+        refuse_what_no_optimizer_uses(self.adapters, self.train, baselines, of_run_in="train.")
         return self
 
     @model_validator(mode="after")
@@ -468,6 +487,11 @@ class RunConfig(Frozen):
         """How full fine-tuning or LoRA is trained: the run's `train` with what the method's section has otherwise."""
         section = {"lora": self.lora, "full_finetuning": self.full_finetuning}.get(self.method)
         return self.train if section is None or section.train is None else section.train.over(self.train)
+
+    @property
+    def going_on(self) -> str:
+        """The option of `train` that goes on with this run where it was cut."""
+        return f"--resume {self.name}" if self.method in ("adapters", "lora") else "--finish"
 
     @property
     def num_steps(self) -> int:

@@ -442,25 +442,29 @@ def _product(name: str, adapter: dict[str, Any], problems: Problems) -> list[tup
         for keys, value in zip(lists, values, strict=True):
             (settings if len(keys) == 1 else settings["train"])[keys[-1]] = value
         unused = _unused(settings, lists)
-        settings = {key: value for key, value in settings.items() if key not in unused}
+        settings = {key: value for key, value in settings.items() if (key,) not in unused}
+        if "train" in settings and isinstance(train, dict):
+            settings["train"] = {k: v for k, v in settings["train"].items() if ("train", k) not in unused}
         for (keys, among), value in zip(lists.items(), values, strict=True):
-            if len(among) > 1 and keys[0] not in unused:
+            if len(among) > 1 and keys not in unused:
                 new += f"-{_named(keys[-1], value, among)}"
         if (new, settings) not in found:  # a value of a key that is not used makes no other adapter
             found.append((new, settings))
     return found
 
 
-def _unused(settings: dict[str, Any], lists: dict[tuple[str, ...], list[Any]]) -> set[str]:
-    """Keys that belong to another start, or to another network, than this adapter of a product has."""
-    unused = set[str]()
+def _unused(settings: dict[str, Any], lists: dict[tuple[str, ...], list[Any]]) -> set[tuple[str, ...]]:
+    """Keys that belong to another start, network or optimizer than this adapter of a product has."""
+    unused = set[tuple[str, ...]]()
     if len(lists.get(("init",), ())) > 1:
-        unused |= {f"init_{key}" for key in ("text", "labels", "adapter") if settings["init"] != key}
+        unused |= {(f"init_{key}",) for key in ("text", "labels", "adapter") if settings["init"] != key}
     is_listed = ("init",) in lists or ("init_top",) in lists
     if is_listed and settings.get("kind") == "prompt" and settings.get("init") in ("random", "text", "adapter"):
-        unused.add("init_top")
+        unused.add(("init_top",))
     if len(lists.get(("reparam",), ())) > 1 and settings["reparam"] == "none":
-        unused.add("reparam_hidden_size")
+        unused |= {("reparam_hidden_size",), ("train", "network_learning_rate")}
+    if len(lists.get(("train", "optimizer"), ())) > 1 and settings["train"]["optimizer"] != "adamw":
+        unused.add(("train", "adam_epsilon"))
     return unused
 
 

@@ -80,6 +80,8 @@ def _run(cfg: RunConfig, *, resume: bool, show: bool) -> RunSummary:
             alone = _alone(cfg) if is_main and not resume else contextlib.nullcontext()
             with alone, followed if is_main else contextlib.nullcontext():
                 return RunSummary.model_validate(_work(cfg, "train", {}))
+        except _AtWorkError:  # it has taken over what was made here
+            raise
         except PeftscaleError as error:
             if made and not mirror.has_results():
                 shutil.rmtree(cfg.run_dir, ignore_errors=True)  # the name stays free for the corrected run
@@ -102,16 +104,25 @@ def finished(cfg: RunConfig) -> RunSummary:
         ConfigError: the run under its name is another one.
         PeftscaleError, TrainingError: as `run`.
     """
-    storage.Mirror(cfg).pull()
+    mirror = storage.Mirror(cfg)
+    mirror.pull()
     stored = cfg.run_dir / "run.json"
     if not stored.exists():
         return run(cfg)
-    if configio.fingerprint(configio.from_json(stored.read_text())) != configio.fingerprint(cfg):
+    try:
+        is_this = configio.fingerprint(configio.from_json(stored.read_text())) == configio.fingerprint(cfg)
+    except ValueError:  # of another version, or damaged
+        is_this = False
+    if not is_this:
         raise ConfigError(
             f"name: the run {cfg.name!r} in {cfg.cluster.storage} has other settings than this one. Remove it, or "
             f"choose another name."
         )
-    return records.read_summary(cfg.summary_path) or _run(cfg, resume=True, show=True)
+    summary = records.read_summary(cfg.summary_path)
+    if summary is None:
+        return _run(cfg, resume=True, show=True)
+    mirror.push()  # where its end was not brought to the store
+    return summary
 
 
 def evaluate(
@@ -344,6 +355,10 @@ def _answers(cfg: RunConfig, payload: dict[str, Any]) -> dict[str, Any]:
     return use.answers(cfg, [storage.here(place) for place in payload["directories"]], payload["rows"])
 
 
+class _AtWorkError(ConfigError):
+    """Another process has this run."""
+
+
 _TASKS = {"train": _train, "scores": _scores, "answers": _answers}
 
 
@@ -364,13 +379,13 @@ def _open_run_dir(cfg: RunConfig, mirror: storage.Mirror, *, resume: bool) -> li
         if mirror.exists():
             raise FileExistsError
         cfg.run_dir.mkdir(parents=True)
-        (cfg.run_dir / "run.json").write_text(cfg.model_dump_json(indent=1))
+        records.write_whole(cfg.run_dir / "run.json", cfg.model_dump_json(indent=1))
         mirror.push()  # whether it can be written is known before anything is held
     except FileExistsError:
         copy = f" or {cfg.run_dir}, its working copy" if cfg.run_url else ""
         raise ConfigError(
             f"name: a run {cfg.name!r} exists in {cfg.cluster.storage}{copy}. "
-            f"Choose another with name=..., or go on with --resume {cfg.name}."
+            f"Choose another with name=..., or go on with {cfg.going_on}."
         ) from None
     except (OSError, CheckpointError) as error:
         shutil.rmtree(cfg.run_dir, ignore_errors=True)
@@ -393,7 +408,7 @@ def _alone(cfg: RunConfig) -> Iterator[None]:
         if where.parent.exists():  # else there is no run to go on with, which is said elsewhere
             lock.acquire()
     except Timeout:
-        raise ConfigError(
+        raise _AtWorkError(
             f"name: another process works on the run {cfg.name!r} in {cfg.cluster.storage}. Wait for its end, or "
             f"stop it."
         ) from None

@@ -190,21 +190,26 @@ class RunSummary(Row):
     adapters: dict[str, AdapterSummary]
 
 
-def write_summary(path: Path, summary: RunSummary) -> None:
-    """Whole or not at all: a run whose summary stands has ended.
+def write_whole(path: Path, text: str) -> None:
+    """Whole or not at all.
 
     Raises:
-        OSError: the disk is full. A summary that stood there still stands.
+        OSError: the disk is full. What stood there still stands.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            file.write(summary.model_dump_json(indent=1))
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_summary(path: Path, summary: RunSummary) -> None:
+    """As `write_whole`: a run whose summary stands has ended."""
+    write_whole(path, summary.model_dump_json(indent=1))
 
 
 def read_summary(path: Path) -> RunSummary | None:

@@ -166,7 +166,7 @@ class Mirror:
             self._push(self._store)
         except CheckpointError as error:
             raise CheckpointError(
-                f"{error} What the run has made is kept in {self._here}; `--resume {self._cfg.name}` brings it there."
+                f"{error} What the run has made is kept in {self._here}; `{self._cfg.going_on}` brings it there."
             ) from error
         self._rows_at = time.monotonic()
 

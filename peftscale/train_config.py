@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 Optimizer = Literal["adamw", "adafactor"]
 Schedule = Literal["constant", "linear", "cosine"]
 Loss = Literal["vocabulary", "labels"]
+Epsilon = Annotated[float, Field(ge=1e-30, le=1e30)]  # what float32 has by itself and as a root
 Rate = Annotated[float, Field(gt=0, le=1e30)]  # what is larger overflows float32 inside of an update
 
 
@@ -31,7 +32,7 @@ class OptimizerConfig(Frozen):
     """Of the network of a re-parametrised adapter, on the same schedule; `learning_rate` where it is left out."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """adamw: multiplied by the rate, as in torch. adafactor: not multiplied by it, as in T5X (1e-5 there)."""
-    adam_epsilon: PositiveFloat | None = None
+    adam_epsilon: Epsilon | None = None
     """Of adamw, added to the root of the mean square; 1e-8, torch's, where it is left out. A number whose gradient is
     far below it moves by that gradient, not by its sign, so that rounding (another number of workers, other adapters
     in the cohort) moves it less."""
@@ -94,7 +95,7 @@ class AdapterTrainConfig(Frozen):
     learning_rate: Rate | None = None
     network_learning_rate: Rate | None = None
     weight_decay: Annotated[float, Field(ge=0)] | None = None
-    adam_epsilon: PositiveFloat | None = None
+    adam_epsilon: Epsilon | None = None
     schedule: Schedule | None = None
     warmup_steps: NonNegativeInt | None = None
     clip_norm: Annotated[float, Field(ge=0)] | None = None

@@ -95,8 +95,9 @@ def run(cfg: RunConfig, device: torch.device, peak: memory.PeakMemory, watch: Wa
     most = cfg.train.microbatch_tokens
     before, *found = evaluate.run_cells(base, adapters, cells, microbatch_tokens=most)
     after = finished(cfg.few_shot, cells[1], *found)
-    texts = (chosen, f"{len(shown.rows)} demonstrations, {len(shown.ids)} tokens, rows {list(shown.rows)} of train")
-    for text in filter(None, texts):
+    again = "scores again what an earlier attempt did not finish" if cfg.metrics_path.exists() else None
+    drawn = f"{len(shown.rows)} demonstrations, {len(shown.ids)} tokens, rows {list(shown.rows)} of train"
+    for text in filter(None, (again, chosen, drawn)):
         journal.note(0, text)
     for title, scores in ((f"{split} without prompt", before.metrics), (split, after)):
         journal.record(EvaluationRecord(step=0, adapter=_NAME, split=title, metrics=scores, seconds=before.seconds))

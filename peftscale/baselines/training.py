@@ -5,6 +5,7 @@ plan, the records and the evaluation are those of adapters; their own loop is `t
 path through this file.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -151,6 +152,7 @@ def _train(job: Job, planned: Plan) -> RunSummary:
         return stands
     if not _take_over(job):
         _note_start(job)
+        job.journal.write(lambda: _set_aside(job.learner.directory))
         job.progress.before = _evaluated(job, split, f"{split} without training")
         _evaluate(job)
     progress = job.progress
@@ -312,6 +314,17 @@ def _note_start(job: Job) -> None:
         )
 
 
+def _set_aside(best: Path) -> None:
+    """Keep what an earlier attempt had reached until this one has ended: it was trained, and this one's is not yet."""
+    kept = _aside(best)
+    if best.exists() and not kept.exists():
+        best.rename(kept)
+
+
+def _aside(best: Path) -> Path:
+    return best.with_name(f"{best.name}-before")
+
+
 def _finish(job: Job, planned: Plan, after: dict[str, float], seconds: float) -> RunSummary:
     cfg, progress, folder = job.cfg, job.progress, job.learner.directory
     result = AdapterSummary(
@@ -334,4 +347,5 @@ def _finish(job: Job, planned: Plan, after: dict[str, float], seconds: float) ->
         adapters={cfg.method: result},
     )
     job.journal.write(lambda: records.write_summary(cfg.summary_path, ended))
+    job.journal.write(lambda: shutil.rmtree(_aside(folder), ignore_errors=True))
     return ended

@@ -22,6 +22,8 @@ CONTROL_BYTES = 64
 """Most bytes an adapter may send in a step beside its gradient: loss, token counts, flags."""
 PHASES = (("activation_bytes", "logits_bytes"), ("update_bytes",), ("evaluation_bytes",))
 """What the passes of a step take, its update, and an evaluation, one at a time: the peak has the largest of them."""
+OF_ADAPTERS = ("adapter_bytes", "best_bytes", "gradient_bytes", "optimizer_bytes", "update_bytes")
+"""What no device but a larger one makes less: every rank has all adapters."""
 _TANH_BY_HAND = ("gelu_new", "gelu_fast")  # written out in Python, so that autograd keeps every step
 
 

@@ -11,7 +11,7 @@ from peftscale.facts import BaseFacts
 from peftscale.plan.adapters import positions
 from peftscale.plan.figures import show
 from peftscale.plan.hardware import Hardware
-from peftscale.plan.memory import Setting, at_peak, peak_bytes, rank_parts
+from peftscale.plan.memory import OF_ADAPTERS, Setting, at_peak, peak_bytes, rank_parts
 from peftscale.plan.modes import Mode
 from peftscale.plan.work import expected, target_tokens
 
@@ -59,6 +59,9 @@ def shape_problems(cfg: RunConfig, facts: BaseFacts, hardware: Hardware, *, worl
     return problems
 
 
+_NOTHING = "Nothing in the run file is enough, nor more such devices: take larger ones, or a smaller base."
+
+
 def too_big(
     cfg: RunConfig, facts: BaseFacts, hardware: Hardware, setting: Setting, *, modes: Sequence[Mode], least_tokens: int
 ) -> str:
@@ -84,9 +87,12 @@ def too_big(
     ways = [words for words, change in changes if is_enough(change(setting))]
     ways += _more_devices(setting, hardware, is_enough, spread)
     way_out = f"Enough would be: {'; or '.join(ways)}."
+    parts = rank_parts(cfg, facts, setting)
     if not ways:
         way_out = _together(setting, hardware, changes, is_enough, spread)
-    parts = rank_parts(cfg, facts, setting)
+    without_adapters = peak_bytes({**parts, **dict.fromkeys(OF_ADAPTERS, 0)})
+    if way_out == _NOTHING and without_adapters <= hardware.rank_bytes(setting.world):
+        way_out = "Enough would be: fewer or shorter adapters in one run, as every rank holds and updates all of them."
     causes = sorted(((size, key.removesuffix("_bytes")) for key, size in at_peak(parts).items()), reverse=True)[:3]
     named = ", ".join(f"{key.replace('_', ' ')} {show(size)}" for size, key in causes)
     return (
@@ -149,6 +155,6 @@ def _together(
     else:
         more = _more_devices(setting, hardware, is_enough, spread)
         if not more:
-            return "Nothing in the run file is enough, nor more such devices: take larger ones, or a smaller base."
+            return _NOTHING
         taken += more
     return f"No single change is enough; together these are: {', '.join(taken)}."

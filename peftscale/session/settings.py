@@ -9,7 +9,13 @@ from typing import Any, Self, TypeVar
 from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from peftscale import complaints
-from peftscale.config import AdapterConfigs, AdapterTrainConfig, OptimizerConfig, refuse_endless_warm_ups
+from peftscale.config import (
+    AdapterConfigs,
+    AdapterTrainConfig,
+    OptimizerConfig,
+    refuse_endless_warm_ups,
+    refuse_what_no_optimizer_uses,
+)
 from peftscale.errors import ConfigError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -47,6 +53,11 @@ class Settings(OptimizerConfig):
         ]
         if wrong:
             raise ValueError("\n".join(wrong))
+        return self
+
+    @model_validator(mode="after")
+    def every_rate_and_epsilon_has_a_use(self) -> Self:
+        refuse_what_no_optimizer_uses(self.adapters, self, {}, of_run_in="")
         return self
 
     @model_validator(mode="after")

@@ -51,13 +51,15 @@ def steps_of(metrics: Path, *, passed_over: Callable[[str], None] | None = None)
 def steps_of_rank_0(cfg: RunConfig, journal: Journal, *, step: int) -> list[StepRecord]:
     """The same on every rank: the file is rank 0's own, and it holds the steps before a restart too.
 
-    A line that is no record is noted and left out: a run that has trained does not fail over its figures.
+    A line that is no record is noted and left out: a run that has trained does not fail over its figures. So are steps
+    behind `step`, the last one: of an earlier attempt that went further.
     """
 
     def local() -> list[StepRecord]:
         if comm.rank() != 0:
             return []
-        return steps_of(cfg.metrics_path, passed_over=lambda text: journal.note(step, text))
+        found = steps_of(cfg.metrics_path, passed_over=lambda text: journal.note(step, text))
+        return [row for row in found if row.step <= step]
 
     return comm.from_rank_0(comm.together(local))
 

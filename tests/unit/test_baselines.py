@@ -314,7 +314,13 @@ def test_what_keeps_no_checkpoint_is_finished_by_beginning_again(tmp_path: Path,
     cfg = tiny.run_config(tmp_path, **changes)
     whole = driver.run(cfg, show=False)
     cfg.summary_path.unlink()  # as where the machine was taken away before the end
+    further = _steps(cfg)[-1].model_copy(update={"step": 99}) if cfg.method == "full_finetuning" else None
+    if further is not None:  # an attempt on other workers, which stopped later
+        records.append(cfg.metrics_path, further)
     again = driver.finished(cfg)
+    assert [one.steps for one in again.adapters.values()] == [one.steps for one in whole.adapters.values()]
+    assert again.steps == whole.steps
+    assert not list(cfg.run_dir.rglob("best-before"))
     assert {name: one.after for name, one in again.adapters.items()} == {n: o.after for n, o in whole.adapters.items()}
     assert driver.finished(cfg) == again
 

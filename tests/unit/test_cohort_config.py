@@ -253,9 +253,38 @@ def test_the_schema_takes_lists_where_a_product_may_stand(write: Write) -> None:
 def test_an_epsilon_of_adamw_is_refused_where_nothing_uses_it(write: Write) -> None:
     path = write({"a": PROMPT, "b": PROMPT})
     plain = ["train.optimizer=adafactor", "train.adam_epsilon=1e-6"]
-    assert problems_of(path, *plain) == ["run file: train.adam_epsilon: is of adamw, not of adafactor"]
+    (problem,) = problems_of(path, *plain)
+    assert problem == (
+        "train.adam_epsilon: is AdamW's, and what would use it has adafactor; set optimizer to 'adamw' or leave it "
+        "out, got 1e-06 (override 'train.adam_epsilon=1e-6')"
+    )
     cfg = configio.load(path, [*plain, "adapters.a.train.optimizer=adamw"])
     assert cfg.adapter_train("a").epsilon == 1e-6
+    cfg = configio.load(path, [*plain, "full_finetuning={train: {optimizer: adamw}}"])
+    assert cfg.adapter_train("a").optimizer == "adafactor"
     own = ["train.optimizer=adamw", "adapters.b.train.optimizer=adafactor", "adapters.b.train.adam_epsilon=0.1"]
     (problem,) = problems_of(path, *own)
-    assert problem.startswith("adapters.b.train.adam_epsilon: is of adamw, not of adafactor (override")
+    assert problem.startswith("adapters.b.train.adam_epsilon: is AdamW's, and what would use it has adafactor")
+    for epsilon in ("1e-46", "1e300"):  # 0 / 0, and no move at all
+        (problem,) = problems_of(path, "train.optimizer=adamw", f"train.adam_epsilon={epsilon}")
+        assert problem.startswith("train.adam_epsilon: must be")
+
+
+def test_a_product_gives_a_rate_or_an_epsilon_to_those_that_use_it(write: Write) -> None:
+    network = {
+        "reparam": ["none", "residual"],
+        "reparam_hidden_size": 4,
+        "train": {"network_learning_rate": [0.1, 0.2]},
+    }
+    cfg = configio.load(write({"a": {**PROMPT, **network}}))
+    found = {name: a.train.network_learning_rate if a.train else None for name, a in cfg.adapters.items()}
+    assert found == {
+        "a-none": None,
+        "a-residual-network_learning_rate0.1": 0.1,
+        "a-residual-network_learning_rate0.2": 0.2,
+    }
+    cfg = configio.load(write({"a": {**PROMPT, "train": {"optimizer": ["adamw", "adafactor"], "adam_epsilon": 1e-6}}}))
+    assert {name: a.train.adam_epsilon if a.train else None for name, a in cfg.adapters.items()} == {
+        "a-adamw": 1e-6,
+        "a-adafactor": None,
+    }

@@ -128,9 +128,11 @@ def test_a_rate_of_a_network_without_a_network_is_refused(tmp_path: Path) -> Non
         _config(tmp_path, adapters={"mood": bare}, **{"train.network_learning_rate": 0.01})
     with pytest.raises(ConfigError, match="adapters.bare.train.network_learning_rate: .* got 0.02"):
         _config(tmp_path, adapters={"mood": RESIDUAL, "bare": {**bare, **own}})
-    lora = {"method": "lora", "lora": {"rank": 2, "alpha": 4}, "adapters": {"mood": RESIDUAL}}
-    with pytest.raises(ConfigError, match="train.network_learning_rate: "):
-        _config(tmp_path, **lora, **{"train.network_learning_rate": 0.01})
+    lora = {"method": "lora", "lora": {"rank": 2, "alpha": 4, **own}, "adapters": {"mood": RESIDUAL}}
+    with pytest.raises(ConfigError, match="lora.train.network_learning_rate: .* got 0.02"):
+        _config(tmp_path, **lora)
+    few = {"method": "few_shot", "few_shot": {"examples": 1}, "adapters": {"mood": RESIDUAL}}
+    assert _config(tmp_path, **few, **{"train.network_learning_rate": 0.01}).method == "few_shot"  # one word more
     mixed = _config(tmp_path, adapters={"mood": RESIDUAL, "bare": bare}, **{"train.network_learning_rate": 0.01})
     assert mixed.adapter_train("mood").network_learning_rate == 0.01
 
