@@ -9,10 +9,12 @@ import pytest
 import small_plans
 
 from peftscale import configio, facts, plan
+from peftscale.config import PrefixConfig
 from peftscale.plan import Hardware, Plan
 
 ROOT = Path(__file__).parents[2]
 PLANS = ROOT / "configs" / "plan"
+PREFIX = PrefixConfig(kind="prefix", length=100, init="random")
 FOUR = replace(Hardware.parse("4xH100-80GB"), devices_per_node=2)
 
 # Over 2 or 4 ranks: a blob of 107 bytes is 108, a norm of 8 elements and the table of 400 stay. See test_plan.py.
@@ -147,6 +149,19 @@ def test_what_would_make_a_run_fit_does(model: str, hardware: str, changes: list
                 machine, change = found[1], found[2]
             overrides.append(change.partition(" (")[0])
         assert _made(model, machine, *overrides).fits, way
+
+
+def test_where_adapters_are_too_many_for_a_device_that_is_what_it_says() -> None:
+    cfg = configio.load(PLANS / "llama-2-13b.yaml")
+    base, h100 = facts.load(cfg.base.model), Hardware.parse("H100-80GB")
+    made = [
+        plan.make(cfg.model_copy(update={"adapters": {f"p{n}": PREFIX for n in range(number)}}), base, h100)
+        for number in (60, 40)
+    ]
+    (problem,) = made[0].problems
+    assert "(update 39.3 GB" in problem
+    assert problem.endswith("fewer or shorter adapters in one run, as every rank holds and updates all of them.")
+    assert made[1].fits
 
 
 def test_nothing_is_promised_where_nothing_is_enough() -> None:
