@@ -72,13 +72,15 @@ def _run(cfg: RunConfig, *, resume: bool, show: bool) -> RunSummary:
     if cfg.cluster.max_workers > 0:
         _check_resources(cfg)  # before anything is written
     mirror = storage.Mirror(cfg)
-    with _alone(cfg) if is_main and resume else contextlib.nullcontext():
+    with _alone(cfg) if is_main else contextlib.nullcontext(True) as is_held:
         made = _open_run_dir(cfg, mirror, resume=resume) if is_main else []
         try:
             followed = progress.followed(cfg.metrics_path, cfg, show=show, refresh=mirror.follow)
-            # The directory of a new run could be made by one process alone.
-            alone = _alone(cfg) if is_main and not resume else contextlib.nullcontext()
-            with alone, followed if is_main else contextlib.nullcontext():
+            # A lock needs a directory, and the storage of a first run may be there from here on only.
+            with (
+                contextlib.nullcontext() if is_held else _alone(cfg),
+                followed if is_main else contextlib.nullcontext(),
+            ):
                 return RunSummary.model_validate(_work(cfg, "train", {}))
         except _AtWorkError:  # it has taken over what was made here
             raise
@@ -400,12 +402,15 @@ def _open_run_dir(cfg: RunConfig, mirror: storage.Mirror, *, resume: bool) -> li
 
 
 @contextlib.contextmanager
-def _alone(cfg: RunConfig) -> Iterator[None]:
-    """Hold the run's name for this process: two that go on with one run would write over each other's checkpoints."""
+def _alone(cfg: RunConfig) -> Iterator[bool]:
+    """Hold the run's name for this process: two that go on with one run would write over each other's checkpoints.
+
+    Yields whether it is held: without the storage's directory it cannot be.
+    """
     where = cfg.run_dir.with_name(f".{cfg.name}.running")
     lock = FileLock(where, timeout=0)
     try:
-        if where.parent.exists():  # else there is no run to go on with, which is said elsewhere
+        if where.parent.exists():
             lock.acquire()
     except Timeout:
         raise _AtWorkError(
@@ -415,7 +420,7 @@ def _alone(cfg: RunConfig) -> Iterator[None]:
     except (OSError, NotImplementedError) as error:  # what cannot be written is said when the run is opened
         log.debug("%s: no lock is held: %s", where, error)
     try:
-        yield
+        yield lock.is_locked
     finally:
         if lock.is_locked:
             where.unlink(missing_ok=True)  # while it is held: nobody can have taken it by its name
