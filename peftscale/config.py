@@ -448,7 +448,7 @@ class RunConfig(Frozen):
             wrong.append("few_shot: calibrated compares the likelihoods of task.labels, and this task has none")
         if train.warmup_steps >= train.steps:
             wrong.append(f"{method}: train.warmup_steps={train.warmup_steps} must be less than steps={train.steps}")
-        if method in ("full_finetuning", "few_shot") and self.cluster.is_elastic:
+        if not self.keeps_checkpoints and self.cluster.is_elastic:
             wrong.append(
                 f"method: {method!r} keeps no checkpoint, so that every change of workers would start it anew; "
                 f"cluster.workers must be one number, got [{self.cluster.min_workers}, {self.cluster.max_workers}]"
@@ -489,9 +489,14 @@ class RunConfig(Frozen):
         return self.train if section is None or section.train is None else section.train.over(self.train)
 
     @property
+    def keeps_checkpoints(self) -> bool:
+        """What does not begins again where it is cut."""
+        return self.method in ("adapters", "lora")
+
+    @property
     def going_on(self) -> str:
         """The option of `train` that goes on with this run where it was cut."""
-        return f"--resume {self.name}" if self.method in ("adapters", "lora") else "--finish"
+        return f"--resume {self.name}" if self.keeps_checkpoints else "--finish"
 
     @property
     def num_steps(self) -> int:

@@ -443,7 +443,7 @@ def _product(name: str, adapter: dict[str, Any], problems: Problems) -> list[tup
             (settings if len(keys) == 1 else settings["train"])[keys[-1]] = value
         unused = _unused(settings, lists)
         settings = {key: value for key, value in settings.items() if (key,) not in unused}
-        if "train" in settings and isinstance(train, dict):
+        if isinstance(train, dict):
             settings["train"] = {k: v for k, v in settings["train"].items() if ("train", k) not in unused}
         for (keys, among), value in zip(lists.items(), values, strict=True):
             if len(among) > 1 and keys not in unused:

@@ -36,6 +36,7 @@ from peftscale.complaints import close_to
 from peftscale.config import RunConfig, TaskConfig
 from peftscale.errors import AdapterError, CheckpointError, ClusterError, ConfigError, PeftscaleError, TrainingError
 from peftscale.records import NoteRecord, Record, RunSummary, StepRecord
+from peftscale.task_config import told_apart
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def run(cfg: RunConfig, *, resume: bool = False, show: bool = True) -> RunSummar
         PeftscaleError: the user's input is wrong; nothing of a new run is left behind.
         TrainingError: the run failed.
     """
-    if resume and cfg.method in _NOT_RESUMED:
+    if resume and not cfg.keeps_checkpoints:
         raise CheckpointError(
             f"--resume {cfg.name}: {_NOT_RESUMED[cfg.method]} Start it under another name, or all of it again with "
             f"--finish."
@@ -66,9 +67,14 @@ def run(cfg: RunConfig, *, resume: bool = False, show: bool = True) -> RunSummar
     return _run(cfg, resume=resume, show=show)
 
 
+def _is_main(cfg: RunConfig) -> bool:
+    """Whether this process answers for the run's files; torchrun starts others beside it."""
+    return int(os.environ.get("RANK", "0")) == 0 or cfg.cluster.max_workers > 0
+
+
 def _run(cfg: RunConfig, *, resume: bool, show: bool) -> RunSummary:
     """`run`, where what keeps no checkpoint begins again."""
-    is_main = int(os.environ.get("RANK", "0")) == 0 or cfg.cluster.max_workers > 0
+    is_main = _is_main(cfg)
     if cfg.cluster.max_workers > 0:
         _check_resources(cfg)  # before anything is written
     mirror = storage.Mirror(cfg)
@@ -123,7 +129,8 @@ def finished(cfg: RunConfig) -> RunSummary:
     summary = records.read_summary(cfg.summary_path)
     if summary is None:
         return _run(cfg, resume=True, show=True)
-    mirror.push()  # where its end was not brought to the store
+    if _is_main(cfg):
+        mirror.push()  # where its end was not brought to the store
     return summary
 
 
@@ -238,12 +245,7 @@ def tasks_for(cfg: RunConfig, directories: Sequence[Path], given: Sequence[str],
     """
     found = [_named_task(cfg, word, option) for word in given]
     found = found or [task for path in directories for task in _tasks_of(cfg, path)]
-    different = [task for i, task in enumerate(found) if task not in found[:i]]
-    names = [task.name for task in different]
-    twice = [name for i, name in enumerate(names) if name in names[:i]]
-    if twice:
-        raise ConfigError(f"{option}: two different tasks are called {twice[0]!r}. Give one of them another task.name.")
-    return different
+    return told_apart(found, where=option)
 
 
 def _named_task(cfg: RunConfig, word: str, option: str) -> TaskConfig:

@@ -4,11 +4,13 @@ The other sections and the whole file are `config`, which hands this on. Reading
 imports torch.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, PositiveInt, model_validator
 
+from peftscale.errors import ConfigError
 from peftscale.train_config import Frozen
 
 LabelMetric = Literal["accuracy", "f1", "macro_f1", "group_exact_match"]
@@ -128,3 +130,23 @@ class TaskConfig(Frozen):
         if len(set(self.metrics)) != len(self.metrics) or ("mean" in self.metrics and len(self.metrics) < 3):
             raise ValueError(f"metrics: each once, and mean beside two others at least; got {', '.join(self.metrics)}")
         return self
+
+
+def told_apart(tasks: Iterable[TaskConfig], *, where: str) -> list[TaskConfig]:
+    """Each task once, in order.
+
+    Args:
+        tasks: equal ones may be there again.
+        where: they were given, for the message.
+
+    Raises:
+        ConfigError: two different ones of one name, by which scores are told apart.
+    """
+    by_name: dict[str, TaskConfig] = {}
+    for task in tasks:
+        if by_name.setdefault(task.name, task) != task:
+            raise ConfigError(
+                f"{where}: two different tasks are called {task.name!r}, and scores are told apart by it. Give one of "
+                f"them another task.name."
+            )
+    return list(by_name.values())

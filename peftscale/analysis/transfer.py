@@ -16,6 +16,7 @@ from scipy import stats
 from peftscale.config import RunConfig, TaskConfig
 from peftscale.errors import ConfigError
 from peftscale.records import RunSummary
+from peftscale.task_config import told_apart
 
 CONFIDENCE = 0.95
 
@@ -94,15 +95,7 @@ def study(
     Raises:
         ConfigError: two different tasks of one name, or something is trained on a target beside its own task.
     """
-    known: list[TaskConfig] = []
-    for task in (*(member.task for member in found), *targets):
-        known += [] if task in known else [task]
-    twice = _twice([task.name for task in known])
-    if twice:
-        raise ConfigError(
-            f"task.name: two different tasks are called {twice[0]!r}, and scores are told apart by it. Give one of "
-            f"them another name."
-        )
+    told_apart((*(member.task for member in found), *targets), where="task.name")
     for member in found:
         seen = [task.name for task in targets if task in member.more_tasks]
         if seen:
@@ -117,9 +110,7 @@ def study(
         of_run = [member for member in found if member.run is run]
         summary = train(run)
         places = {Path(summary.adapters[member.name].dir): member.name for member in of_run}
-        tasks: list[TaskConfig] = []
-        for task in (*(member.task for member in of_run), *targets):
-            tasks += [] if task in tasks else [task]
+        tasks = told_apart((*(member.task for member in of_run), *targets), where="task.name")
         result = score(run, list(places), tasks, split)
         notes += result["notes"]
         for task_name, of_task in result["tasks"].items():

@@ -99,9 +99,9 @@ def of_training(
         "gathered_bytes_per_step": num_trained * dense if is_full else 0,
         "control_bytes_per_step": CONTROL_BYTES + squares,
     }
-    more = "more workers" if is_full else "a lower lora.rank"
-    if not is_full and cfg.base.quantization != "nf4":
-        more = f"base.quantization=nf4, {more}"
+    ways = ["a smaller base", "fewer train.microbatch_tokens", "base.checkpoint_activations=true"]
+    ways += ["base.quantization=nf4"] if not is_full and cfg.base.quantization != "nf4" else []
+    last = "more workers" if is_full else "a lower lora.rank"
     return _plan(
         cfg,
         facts,
@@ -114,8 +114,7 @@ def of_training(
         # Weights that were trained in the compute dtype, or updates in float32.
         file_bytes=facts.packed_bytes("none", dense) if is_full else own,
         checkpoint_bytes=0 if is_full else own * (2 + moments),  # last and best; full fine-tuning keeps none
-        way_out=f"each holds the base whole. Take a smaller base, fewer train.microbatch_tokens, "
-        f"base.checkpoint_activations=true, {more}.",
+        way_out=f"each holds the base whole. Take {', '.join(ways)} or {last}.",
     )
 
 
