@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from peftscale import configio, driver, report
+from peftscale import configio, driver, report, selection
 
 RUN_FILE = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 SENTENCES = (
@@ -22,4 +22,4 @@ if __name__ == "__main__":
     report.show(report.summary_table(driver.run(cfg)))
     alone = configio.load(RUN_FILE, [*changes, "cluster.workers=0", "base.sharding=replicated"])
     rows = [{"text": sentence} for sentence in SENTENCES]
-    report.show(report.answers_table(rows, driver.generate(alone, driver.adapter_dirs(alone, None), rows)))
+    report.show(report.answers_table(rows, driver.generate(alone, selection.adapter_dirs(alone, None), rows)))

@@ -131,18 +131,18 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score every adapter, and the base without any, on every task, in the same passes. The base is loaded once."""
-    from peftscale import configio, driver, report
+    from peftscale import configio, driver, report, selection
 
     _refuse_other_split(split)
     cfg = configio.load(run_file, overrides or [])
-    directories = driver.adapter_dirs(cfg, adapter)
+    directories = selection.adapter_dirs(cfg, adapter)
     if ensemble and len(directories) < 2:
         raise ConfigError("--ensemble: needs two adapters at least, got one. Name more with --adapter.")
-    tasks = driver.tasks_for(cfg, directories, task or [], option="--task")
+    tasks = selection.tasks_for(cfg, directories, task or [], option="--task")
     together: Mapping[str, Sequence[int]] = {}
     if ensemble:  # on a task that was named all of them, whatever they were trained on
         everyone = {of_task.name: range(len(directories)) for of_task in tasks}
-        together = everyone if task else driver.ensembles(cfg, directories, tasks)
+        together = everyone if task else selection.ensembles(cfg, directories, tasks)
     result = driver.evaluate(cfg, directories, tasks, split, together=together)
     for note in result["notes"]:
         report.note(note)
@@ -165,12 +165,12 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Answer single inputs: the likeliest label of a classification, or a greedy continuation."""
-    from peftscale import configio, driver, report
+    from peftscale import configio, driver, report, selection
 
     cfg = configio.load(run_file, overrides or [])
-    directories = driver.adapter_dirs(cfg, adapter)
-    cfg = driver.with_task_of(cfg, directories)
-    rows = driver.input_rows(cfg, text or [], row or [])
+    directories = selection.adapter_dirs(cfg, adapter)
+    cfg = selection.with_task_of(cfg, directories)
+    rows = selection.input_rows(cfg, text or [], row or [])
     result = driver.generate(cfg, directories, rows)
     for note in result["notes"]:
         report.note(note)
@@ -249,7 +249,7 @@ def transfer(
     as_json: AsJson = False,
 ) -> None:
     """Train methods on one task, unless they are, and score them on others that they never saw."""
-    from peftscale import configio, driver, report
+    from peftscale import configio, driver, report, selection
     from peftscale.analysis import transfer as study
 
     _refuse_other_split(split)
@@ -257,7 +257,7 @@ def transfer(
     runs = [configio.load(path, overrides) for path in run_files if path not in overrides]
     if not runs:
         raise ConfigError("transfer: no run file given.")
-    targets = driver.tasks_for(runs[0], [], to, option="--to")
+    targets = selection.tasks_for(runs[0], [], to, option="--to")
     found = study.study(study.members(runs, seed or []), targets, split, train=driver.finished, score=driver.evaluate)
     for note in found["notes"]:
         report.note(note)

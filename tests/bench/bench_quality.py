@@ -4,8 +4,8 @@
 
 Studies: `methods` (all of them), `fine-tuning` (that of all weights alone), `spread` (20 seeds of the recipe and of
 plain prompt tuning), `means` (these, and plain with one means against instability each), `starts` (lengths and
-initialisations), `transfer` (train on one task, score on others), `ensemble` (five seeds together). --base and --task
-may be repeated.
+initialisations), `tries` (other rates and starts, a network, and four times the steps, beside the recipe), `transfer`
+(train on one task, score on others), `ensemble` (five seeds together). --base and --task may be repeated.
 
 A run is configs/recipes/default.yaml with another base and task, and what the study varies; what baselines do otherwise
 is said below, and of their rates the validation split chooses one for each base and task, with one seed. Runs are kept
@@ -26,7 +26,7 @@ import typer
 import yaml
 from scipy import stats
 
-from peftscale import configio, driver, records
+from peftscale import configio, driver, records, selection
 from peftscale.analysis import transfer as transfer_study
 from peftscale.config import RunConfig
 from peftscale.data.metrics import share_interval
@@ -69,10 +69,22 @@ class Study:
         known = {"quantization": "none", "sharding": "replicated", "checkpoint_activations": False}
         return {"model": str(self.bases / name), "compute_dtype": compute_dtype} | known
 
-    def baseline(self, method: str, base: str, task: str, *, rate: float | None, seed: int | None = None) -> RunConfig:
+    def baseline(
+        self,
+        method: str,
+        base: str,
+        task: str,
+        *,
+        rate: float | None,
+        seed: int | None = None,
+        longer: Section | None = None,
+    ) -> RunConfig:
         """A baseline's run. In float32: padded attention in bfloat16 takes several times as long on a CPU."""
         section, _ = BASELINES[method]
         train = ADAMW if rate is None else ADAMW | {"learning_rate": rate}
+        named = method if rate is None else f"{method}-{rate:g}"
+        if longer:
+            named, section = f"{named}-longer", section | {"train": longer}
         sections = {
             "seed": seed or 0,
             "base": self.base(base, "float32"),
@@ -82,7 +94,7 @@ class Study:
             "train": self.recipe["train"] | train,
         }
         # With a seed, the name that `transfer` gives it: methods and transfer share their runs.
-        cfg = self.config(method if rate is None else f"{method}-{rate:g}", base, task, **sections)
+        cfg = self.config(named, base, task, **sections)
         return cfg if seed is None else cfg.model_copy(update={"name": f"{cfg.name}-s{seed}"})
 
     def best_rate(self, method: str, base: str, task: str) -> float | None:
@@ -180,13 +192,13 @@ def fine_tuning(study: Study, base: str, task: str) -> None:
     _of_baseline(study, "full_finetuning", base, task)
 
 
-def _of_baseline(study: Study, method: str, base: str, task: str) -> list[float]:
+def _of_baseline(study: Study, method: str, base: str, task: str, longer: Section | None = None) -> list[float]:
     values, total, rate = [], 0.0, study.best_rate(method, base, task)
     for seed in SEEDS:
-        of_seed, took = after(study.baseline(method, base, task, rate=rate, seed=seed))
+        of_seed, took = after(study.baseline(method, base, task, rate=rate, seed=seed, longer=longer))
         values += of_seed.values()
         total += took
-    study.row(f"{base} {task}", method, values, seconds=total)
+    study.row(f"{base} {task}", f"{method}, longer" if longer else method, values, seconds=total)
     return values
 
 
@@ -262,6 +274,35 @@ def starts(study: Study, base: str, task: str) -> None:
         study.row(f"{base} {task}", setting, values, seconds=seconds / len(settings))
 
 
+def tries(study: Study, base: str, task: str) -> None:
+    """Rates, starts, a network and more steps beside the recipe: which part of full fine-tuning's gain each closes.
+
+    Full fine-tuning is taken at its better number of steps of the same two.
+    """
+    prompt = study.prompt(task, length=20)
+    train = study.config("tries", base, task, adapters={"recipe": prompt}).train
+    longer = {"steps": MORE_STEPS * train.steps, "warmup_steps": MORE_STEPS * train.warmup_steps}
+    bare = {key: value for key, value in prompt.items() if not key.startswith("init")}
+    residual = {"reparam": "residual", "reparam_hidden_size": 64}
+    settings = {
+        "recipe": prompt,
+        "rate-0.1": prompt | {"train": {"learning_rate": 0.1}},
+        "rate-1": prompt | {"train": {"learning_rate": 1.0}},
+        "start-random": bare | {"init": "random"},
+        "start-vocabulary": bare | {"init": "vocabulary"},
+        "residual": prompt | residual | {"train": {"network_learning_rate": 0.01}},
+        "longer": prompt | {"train": longer},
+        "longer-100": prompt | {"length": 100, "train": longer},
+    }
+    cfg = study.config("tries", base, task, adapters=cohort(**settings))
+    found, seconds = after(cfg)
+    both = [_of_baseline(study, "full_finetuning", base, task, more) for more in (None, longer)]
+    zero, full = untuned(cfg), max(both, key=statistics.fmean)
+    for setting, values in by_setting(found):
+        study.row(f"{base} {task}", setting, values, seconds=seconds / len(settings))
+        study.gap_row(f"{base} {task}", setting, zero, values, full)
+
+
 def transfer(study: Study, base: str, task: str) -> None:
     """Prompt, LoRA and full fine-tuning trained on `task`, scored on the tasks of SHIFTS."""
     prompt = {"prompt20": study.prompt(task, length=20)}
@@ -287,7 +328,7 @@ def ensemble(study: Study, base: str, task: str) -> None:
     adapters = cohort(5, prompt20=study.prompt(task, length=20))
     cfg = study.config("ensemble", base, task, adapters=adapters)
     found, seconds = after(cfg)
-    places = driver.adapter_dirs(cfg, None)
+    places = selection.adapter_dirs(cfg, None)
     result = driver.evaluate(cfg, places, [cfg.task], "test", together={task: range(len(places))})
     print(json.dumps({key: value for key, value in result["tasks"][task].items() if key != "adapters"}))
     study.row(f"{base} {task}", "average", list(found.values()), seconds=seconds)
@@ -303,6 +344,8 @@ BASELINES: dict[str, tuple[Section, list[float]]] = {
 """What each method does, and the rates of AdamW among which it is searched."""
 LEAST_DEVIATION = 1e-9
 """Seeds that all end alike, as when each of them answers with one label."""
+MORE_STEPS = 4
+"""Of `tries`: so many times the steps of the others."""
 SHIFTS = {"sst2": ["imdb"], "movies": ["products"]}
 
 
@@ -333,6 +376,7 @@ STUDIES: dict[str, Callable[[Study, str, str], None]] = {
     "spread": spread,
     "means": means,
     "starts": starts,
+    "tries": tries,
     "transfer": transfer,
     "ensemble": ensemble,
 }

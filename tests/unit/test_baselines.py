@@ -16,7 +16,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 from transformers.optimization import Adafactor
 
-from peftscale import baselines, configio, driver, facts, records
+from peftscale import baselines, configio, driver, facts, records, selection
 from peftscale.base import load as base_load
 from peftscale.base.padded import Row, target_logits
 from peftscale.baselines import budget, model, training, use
@@ -367,13 +367,13 @@ def test_evaluate_scores_the_state_that_a_baseline_s_run_made(tmp_path: Path, ch
 def test_a_baseline_has_one_state_and_none_before_it_is_trained(tmp_path: Path) -> None:
     cfg = tiny.run_config(tmp_path, **LORA)
     with pytest.raises(AdapterError, match=r"runs/tiny/lora/best: no such state of method=lora. Train the run first"):
-        driver.adapter_dirs(cfg, None)
+        selection.adapter_dirs(cfg, None)
     with pytest.raises(ConfigError, match="--adapter: method=lora is scored one state at a time, got 2"):
-        driver.adapter_dirs(cfg, [tmp_path, tmp_path])
+        selection.adapter_dirs(cfg, [tmp_path, tmp_path])
     with pytest.raises(ModelError, match=rf"{tmp_path}: no state of method=lora is there. Train the run first"):
         use.evaluated(cfg, tmp_path, [cfg.task], "validation")
     with pytest.raises(ConfigError, match="method: 'few_shot' trains nothing that could be used again; `peftscale tra"):
-        driver.adapter_dirs(tiny.run_config(tmp_path, **FEW), None)
+        selection.adapter_dirs(tiny.run_config(tmp_path, **FEW), None)
 
 
 def test_peft_is_asked_for_by_name_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

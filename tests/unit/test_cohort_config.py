@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
-from peftscale import configio, driver
+from peftscale import configio, selection
 from peftscale.errors import ConfigError
 
 TASK: dict[str, Any] = {
@@ -233,10 +233,10 @@ def test_adapters_are_evaluated_on_the_task_they_were_trained_on_and_on_one_at_a
     other = {**TASK, "name": "others"}
     cfg = configio.load(write({"a": PROMPT, "b": {**PROMPT, "task": other}}))
     a, b = (cfg.run_dir / "adapters" / name / "best" for name in ("a", "b"))
-    assert driver.with_task_of(cfg, [b]).task.name == "others"
-    assert driver.with_task_of(cfg, [a, Path("/elsewhere/adapter")]) == cfg
+    assert selection.with_task_of(cfg, [b]).task.name == "others"
+    assert selection.with_task_of(cfg, [a, Path("/elsewhere/adapter")]) == cfg
     with pytest.raises(ConfigError, match="a/best was trained on task films, .*b/best on others; name the adapters of"):
-        driver.with_task_of(cfg, [a, b])
+        selection.with_task_of(cfg, [a, b])
 
 
 def test_the_schema_takes_lists_where_a_product_may_stand(write: Write) -> None:

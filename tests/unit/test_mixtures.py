@@ -12,7 +12,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftscale import configio, driver
+from peftscale import configio, driver, selection
 from peftscale.analysis import transfer
 from peftscale.config import MEAN_OF_TASKS
 from peftscale.data import batches
@@ -230,14 +230,14 @@ def test_the_fingerprint_follows_the_tasks_and_the_limit_and_not_where_their_fil
 def test_an_adapter_is_evaluated_on_all_its_tasks_unless_others_are_named(tmp_path: Path) -> None:
     cfg = configio.load(_write(tmp_path, more_tasks=[_moods()]))
     best = cfg.adapters_dir / "source" / "best"
-    assert [task.name for task in driver.tasks_for(cfg, [best], [], option="--task")] == ["reviews", "moods"]
-    assert [task.name for task in driver.tasks_for(cfg, [best], ["moods"], option="--task")] == ["moods"]
-    assert driver.with_task_of(cfg, [best]).task.name == "reviews"
+    assert [task.name for task in selection.tasks_for(cfg, [best], [], option="--task")] == ["reviews", "moods"]
+    assert [task.name for task in selection.tasks_for(cfg, [best], ["moods"], option="--task")] == ["moods"]
+    assert selection.with_task_of(cfg, [best]).task.name == "reviews"
 
 
 def test_a_task_that_was_trained_on_is_no_target_of_a_transfer(tmp_path: Path) -> None:
     cfg = configio.load(_write(tmp_path, more_tasks=[_moods()]))
-    targets = driver.tasks_for(cfg, [], ["moods"], option="--to")
+    targets = selection.tasks_for(cfg, [], ["moods"], option="--to")
     with pytest.raises(ConfigError, match="--to moods: source of run tiny is trained on it too"):
         transfer.study(transfer.members([cfg], []), targets, "test", train=driver.finished, score=driver.evaluate)
 
