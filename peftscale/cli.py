@@ -95,7 +95,9 @@ def plan(
     cfg = configio.load(run_file, overrides or [])
     machines = [planning.Hardware.parse(name) for name in hardware or []] or [planning.detect()]
     if network_gbit_per_s is not None:
-        machines = [replace(machine, network_gbytes_per_s=network_gbit_per_s / 8) for machine in machines]
+        # Of the nodes that there are, whatever their size.
+        network = network_gbit_per_s / 8
+        machines = [replace(machine, network_gbytes_per_s=network, network_ports=1) for machine in machines]
     plans = planning.compare(
         cfg,
         facts.load(_config_dir(cfg.base.model, cfg.base.revision)),

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from peftscale import (
     auth,
@@ -87,7 +87,7 @@ def _run(cfg: RunConfig, *, resume: bool, show: bool) -> RunSummary:
         except _AtWorkError:  # it has taken over what was made here
             raise
         except PeftscaleError as error:
-            if made and not mirror.has_results():
+            if made and not mirror.has_results() and not _has_steps(cfg):
                 shutil.rmtree(cfg.run_dir, ignore_errors=True)  # the name stays free for the corrected run
                 _remove_empty(made)
                 with contextlib.suppress(PeftscaleError):
@@ -194,7 +194,7 @@ def _train(cfg: RunConfig, payload: dict[str, Any]) -> dict[str, Any]:
             stack.enter_context(use.session(cfg))
             comm.together(mirror.pull)  # what rank 0 cannot have, every rank says
             stack.enter_context(mirror.pushed_at_the_end())
-        book = stack.enter_context(logs.kept(cfg.logs_dir, rank))
+        book = stack.enter_context(logs.kept(cfg.logs_dir, rank, comm.expected_world_size()))
         live = gauges.Gauges(cfg.name, rank) if uses_ray else None
 
         def watch(row: Record) -> None:
@@ -273,23 +273,28 @@ def _alone(cfg: RunConfig) -> Iterator[bool]:
     Yields whether it is held: without the storage's directory it cannot be.
     """
     where = cfg.run_dir.with_name(f".{cfg.name}.running")
-    lock = FileLock(where, timeout=0)
-    try:
-        if where.parent.exists():
-            lock.acquire()
-    except Timeout:
-        raise _AtWorkError(
-            f"name: another process works on the run {cfg.name!r} in {cfg.cluster.storage}. Wait for its end, or "
-            f"stop it."
-        ) from None
-    except (OSError, NotImplementedError) as error:  # what cannot be written is said when the run is opened
-        log.debug("%s: no lock is held: %s", where, error)
-    try:
-        yield lock.is_locked
-    finally:
-        if lock.is_locked:
-            where.unlink(missing_ok=True)  # while it is held: nobody can have taken it by its name
-        lock.release()
+    with contextlib.ExitStack() as stack:
+        is_held = False
+        try:
+            is_held = where.parent.exists() and stack.enter_context(machine.locked(where, timeout_s=0))
+        except Timeout:
+            raise _AtWorkError(
+                f"name: another process works on the run {cfg.name!r} in {cfg.cluster.storage}. Wait for its end, or "
+                f"stop it."
+            ) from None
+        except OSError as error:  # what cannot be written is said when the run is opened
+            log.debug("%s: no lock is held: %s", where, error)
+        try:
+            yield is_held
+        finally:
+            if is_held:
+                where.unlink(missing_ok=True)  # while it is held: nobody can have taken it by its name
+
+
+def _has_steps(cfg: RunConfig) -> bool:
+    """Whether the run has come so far that its rows and logs are worth keeping."""
+    rows = records.read(cfg.metrics_path) if cfg.metrics_path.exists() else ()
+    return any(isinstance(row, StepRecord) for row in rows)
 
 
 def _give_up(cfg: RunConfig, mirror: storage.Mirror, error: BaseException) -> None:
@@ -297,7 +302,7 @@ def _give_up(cfg: RunConfig, mirror: storage.Mirror, error: BaseException) -> No
     if cfg.cluster.max_workers > 0 and cfg.run_dir.exists():
         with contextlib.suppress(OSError, PeftscaleError):
             cfg.failure_path.write_text(redaction.redacted(str(error) or type(error).__name__))
-            mirror.push()
+            mirror.push_failure()
 
 
 def _remove_empty(directories: Sequence[Path]) -> None:

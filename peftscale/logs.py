@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 LEVELS = ("debug", "info", "warning", "error")
 _POLL_S = 0.2
-_BEGINS = "begins"
+_BEGINS = re.compile(r"begins(?:, one of (\d+))?")
 _START_S = 600.0
 """Ranks of one group begin within it."""
 _ABOUT_OTHERS = re.compile(
@@ -99,13 +99,19 @@ class Book(logging.Handler):
 
 
 @contextmanager
-def kept(directory: Path, rank: int) -> Iterator[Book]:
-    """Keep what is logged in this block, and the error that ends it."""
+def kept(directory: Path, rank: int, world: int | None = None) -> Iterator[Book]:
+    """Keep what is logged in this block, and the error that ends it.
+
+    Args:
+        directory: of the log files.
+        rank: of this process.
+        world: ranks that begin with it, where that is known.
+    """
     book, ours = Book(directory, rank), logging.getLogger("peftscale")
     level = ours.level
     ours.setLevel(min(level or logging.INFO, logging.INFO))
     logging.getLogger().addHandler(book)
-    log.info(_BEGINS)
+    log.info("begins%s", "" if world is None else f", one of {world}")
     try:
         yield book
     except BaseException as error:
@@ -155,10 +161,15 @@ def cause(directory: Path, gone: Collection[int] = ()) -> str | None:
         None where no rank wrote an error and none is known to be gone.
     """
     lines = read(directory)
-    begun = {line.rank: line for line in lines if line.message == _BEGINS}
-    last_begin = max((line.time for line in begun.values()), default="")
-    # A rank of a larger group that is gone began long before.
-    of_last = [line for line in begun.values() if _seconds(line.time, last_begin) < _START_S]
+    begun: dict[int, LogLine] = {}
+    worlds: dict[str, str | None] = {}
+    for line in lines:
+        if begins := _BEGINS.fullmatch(line.message):
+            begun[line.rank], worlds[line.time] = line, begins[1]
+    last_begin = max(worlds, default="")
+    world = int(worlds.get(last_begin) or 1 + max(begun, default=0))
+    # A rank of a larger group that is gone has no place in the last one, or began long before.
+    of_last = [line for line in begun.values() if line.rank < world and _seconds(line.time, last_begin) < _START_S]
     since = min((line.time for line in of_last), default="")
     failed = [line for line in lines if line.level == "error" and line.time >= since]
     own = [line for line in failed if not _ABOUT_OTHERS.search(line.message)]

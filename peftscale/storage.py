@@ -21,8 +21,6 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from filelock import FileLock
-
 from peftscale import configio, machine
 from peftscale.config import RunConfig, is_url
 from peftscale.errors import CheckpointError, ConfigError
@@ -72,9 +70,15 @@ class Store:
             partial.unlink(missing_ok=True)
 
     def write(self, name: str, source: Path) -> None:
-        """Copy a file to there; it appears whole or not at all."""
+        """Copy a file to there; it appears whole or not at all. A copy that breaks off leaves nothing of that name."""
         with self._asked("written"), source.open("rb") as here, self._fs.open_output_stream(self._path(name)) as there:
-            shutil.copyfileobj(here, there, _BLOCK)
+            try:
+                shutil.copyfileobj(here, there, _BLOCK)
+            except BaseException:
+                there.close()  # which keeps what has come so far, as the end of a `with` would
+                with suppress(OSError):
+                    self._fs.delete_file(self._path(name))
+                raise
 
     def delete(self, name: str) -> None:
         """Delete a file there."""
@@ -114,6 +118,7 @@ class Mirror:
         self._there: dict[str, tuple[int, int]] = {}
         """Size and time of what was brought there, by name."""
         self._rows_at = time.monotonic()
+        self._has_pulled = False
 
     def names(self) -> list[str]:
         """The runs in the storage."""
@@ -136,8 +141,9 @@ class Mirror:
         if self._store is None:
             return
         self._here.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self._here.with_name(f".{self._here.name}.lock")):
+        with machine.locked(self._here.with_name(f".{self._here.name}.lock")):
             self._pull(self._store)
+        self._has_pulled = True
 
     def _pull(self, store: Store) -> None:
         there = store.files()
@@ -155,7 +161,8 @@ class Mirror:
                 store.read(name, self._here / name)
 
     def push(self) -> None:
-        """Bring there what is new here: manifests last. Checkpoints that are gone here are deleted there.
+        """Bring there what is new here: of each directory the manifest last. Checkpoints that are gone here are deleted
+        there, if all were here before.
 
         Raises:
             CheckpointError: the store does not take it. What is here stays as it is.
@@ -169,6 +176,15 @@ class Mirror:
                 f"{error} What the run has made is kept in {self._here}; `{self._cfg.going_on}` brings it there."
             ) from error
         self._rows_at = time.monotonic()
+
+    def push_failure(self) -> None:
+        """Bring there why the run was given up, and nothing else: what the run has made may be on another machine.
+
+        Raises:
+            CheckpointError: the store does not take it.
+        """
+        if self._store is not None:
+            self._store.write(self._cfg.failure_path.name, self._cfg.failure_path)
 
     @contextmanager
     def pushed_at_the_end(self) -> Iterator[None]:
@@ -191,7 +207,7 @@ class Mirror:
         for name in sorted(changed, key=_manifests_last):
             store.write(name, self._here / name)
             self._there[name] = here[name]
-        if self._rank == 0:
+        if self._rank == 0 and self._has_pulled:  # else another machine's are not here, and are not gone
             there = store.files("checkpoints")
             for step in sorted(_steps(there) - _steps(here)):
                 if f"{step}/{_MANIFEST}" in there:
@@ -274,7 +290,7 @@ def here(place: str | Path) -> Path:
         return Path(place).absolute()
     store, target = Store(str(place)), fetched(str(place))
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):  # the ranks of a node fetch it once after the other
+    with machine.locked(f"{target}.lock"):  # the ranks of a node fetch it once after the other
         names = store.files()
         for name in names:
             store.read(name, target / name)
@@ -362,8 +378,11 @@ def _local_files(directory: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _manifests_last(name: str) -> tuple[int, str]:
-    return {_MANIFEST: 1, "peftscale.json": 1, "summary.json": 2}.get(PurePosixPath(name).name, 0), name
+def _manifests_last(name: str) -> tuple[bool, str, bool, str]:
+    """The order of files: one directory after the other, each with its manifest at its end; last what says that a run
+    has ended."""
+    path = PurePosixPath(name)
+    return path.name == "summary.json", str(path.parent), path.name in (_MANIFEST, "peftscale.json"), path.name
 
 
 def _steps(files: Iterable[str]) -> set[str]:

@@ -64,7 +64,7 @@ _RAY_JOB = _object(
     apiVersion={"const": "ray.io/v1"},
     kind={"const": "RayJob"},
     metadata=_object(
-        ["name"], name={"type": "string", "pattern": "^[a-z0-9]([a-z0-9-]*[a-z0-9])?$", "maxLength": 47}, labels=_TEXTS
+        ["name"], name={"type": "string", "pattern": "^[a-z]([a-z0-9-]*[a-z0-9])?$", "maxLength": 47}, labels=_TEXTS
     ),
     spec=_object(
         ["entrypoint", "rayClusterSpec"],

@@ -57,8 +57,16 @@ class Job:
 
     @property
     def dns_name(self) -> str:
-        """The name in letters that Kubernetes and Google Cloud take."""
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        """The name as KubeRay, SkyPilot and Google Cloud take it: a letter first, then letters, digits and hyphens."""
+        name = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        return name if name[0].isalpha() else f"run-{name}"
+
+    @property
+    def within_hours(self) -> str:
+        """What stands in front of a command of the shell that is to be ended after cluster.deploy.hours. Ctrl-C first,
+        on which a run lets its workers go."""
+        hours = self.deploy.hours if self.deploy else None
+        return f"timeout --foreground --signal=INT --kill-after=60 {math.ceil(hours * 3600)} " if hours else ""
 
     @property
     def summary_path(self) -> str:

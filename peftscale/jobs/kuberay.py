@@ -3,6 +3,7 @@
 Source: KubeRay's API reference for ray.io/v1 (1.5.1 or newer, for `authOptions`); Kueue's page on RayJobs.
 """
 
+import math
 from typing import Any
 
 from peftscale.errors import ConfigError
@@ -56,18 +57,19 @@ def _network_policy(name: str) -> dict[str, Any]:
             "policyTypes": ["Ingress"],
             "ingress": [
                 {"from": [{"podSelector": {"matchLabels": _labels(name)}}]},
-                _let_in(["kuberay", "kuberay-operator"], _DASHBOARD_PORT),
-                _let_in(["prometheus"], _METRICS_PORT),
+                # By what it is: its name, "kuberay", is that of every pod of every Ray cluster too.
+                _let_in("component", "kuberay-operator", _DASHBOARD_PORT),
+                _let_in("name", "prometheus", _METRICS_PORT),
             ],
         },
     }
 
 
-def _let_in(names: list[str], port: int) -> dict[str, Any]:
-    """Pods of these names, of any namespace, to one port."""
-    called = {"key": "app.kubernetes.io/name", "operator": "In", "values": names}
+def _let_in(key: str, value: str, port: int) -> dict[str, Any]:
+    """Pods with this label, of any namespace, to one port."""
+    labels = {f"app.kubernetes.io/{key}": value}
     return {
-        "from": [{"namespaceSelector": {}, "podSelector": {"matchExpressions": [called]}}],
+        "from": [{"namespaceSelector": {}, "podSelector": {"matchLabels": labels}}],
         "ports": [{"protocol": "TCP", "port": port}],
     }
 
@@ -86,7 +88,7 @@ def _ray_job(name: str, job: Job) -> dict[str, Any]:
             **({"suspend": True} if queue else {}),  # Kueue lets it go when there is room for all pods
             "entrypoint": f"peftscale train {_RUN_FILE_DIR}/run.yaml --finish",
             "backoffLimit": job.retries,
-            **({"activeDeadlineSeconds": round(hours * 3600)} if hours else {}),
+            **({"activeDeadlineSeconds": math.ceil(hours * 3600)} if hours else {}),
             "shutdownAfterJobFinishes": True,
             "submitterPodTemplate": _pod(name, job, "submitter", _SUBMITTER, is_ray=False),
             "rayClusterSpec": {

@@ -19,7 +19,7 @@ set -euo pipefail
 export RAY_ADDRESS=127.0.0.1:{port}
 count='import ray; ray.init(logging_level="ERROR"); print(sum(node["Alive"] for node in ray.nodes()))'
 until [ "$(python -c "$count")" -gt {num_nodes} ]; do sleep 10; done  # the head is one more
-peftscale train ~/run.yaml --finish
+{within_hours}peftscale train ~/run.yaml --finish
 """
 
 
@@ -34,6 +34,7 @@ def render(job: Job) -> str:
             f"cluster.deploy.secrets: the cluster launcher has no place for {', '.join(job.secrets)} but its own file. "
             f"Render with cluster.deploy.secrets=[] and log in once on the head; HF_HOME is on the shared directory."
         )
+    run = _RUN.format(port=_PORT, num_nodes=job.least_nodes, within_hours=job.within_hours)
     start = f"ulimit -n 65536; ray start --object-store-memory={OBJECT_STORE_BYTES} --disable-usage-stats"
     provider, machines = _aws(job) if job.target == "ray-aws" else _gcp(job)
     client = "boto3" if job.target == "ray-aws" else "google-api-python-client"
@@ -69,7 +70,7 @@ def render(job: Job) -> str:
         "head_setup_commands": [
             f"pip install --quiet {client}",  # with which the head starts the nodes
             f"printf '%s' {shlex.quote(_one_line(job.run_file))} >~/run.yaml",
-            f"printf '%s' {shlex.quote(_RUN.format(port=_PORT, num_nodes=job.least_nodes))} >~/run.sh",
+            f"printf '%s' {shlex.quote(run)} >~/run.sh",
         ],
         "head_start_ray_commands": [
             "ray stop",

@@ -3,6 +3,7 @@
 Source: sbatch(1); `ray symmetric-run --help`; torchrun's documentation.
 """
 
+import math
 import shlex
 from collections.abc import Iterable, Mapping
 from string import Template
@@ -50,7 +51,7 @@ run_file=$$(mktemp -d)/$name.yaml
 trap 'rm -rf "$${run_file%/*}"' EXIT
 $document
 
-torchrun $rendezvous --nproc-per-node $workers_per_node --no-python peftscale train "$$run_file" "$$@"
+${within_hours}torchrun $rendezvous --nproc-per-node $workers_per_node --no-python peftscale train "$$run_file" "$$@"
 """)
 
 
@@ -67,7 +68,7 @@ def render_slurm(job: Job) -> str:
         "mem": f"{job.memory_gb}G",
         **({"gpus-per-node": f"{job.deploy.gpu}:{job.gpus}" if job.deploy.gpu else job.gpus} if job.gpus else {}),
         **({"partition": job.deploy.queue} if job.deploy.queue else {}),
-        **({"time": round(job.deploy.hours * 60)} if job.deploy.hours else {}),
+        **({"time": math.ceil(job.deploy.hours * 60)} if job.deploy.hours else {}),
         "requeue": None,
         "open-mode": "append",
     }
@@ -100,6 +101,7 @@ def render_torchrun(job: Job) -> str:
         if alone
         else f'--nnodes {job.num_nodes} --rdzv-id {job.name} --rdzv-backend c10d --rdzv-endpoint "$HEAD"',
         workers_per_node=job.workers_per_node,
+        within_hours=job.within_hours,
     )
 
 

@@ -22,7 +22,7 @@ def render(job: Job) -> str:
     accelerators = {"accelerators": f"{job.deploy.gpu or job.misses('gpu')}:{job.gpus}"} if job.gpus else {}
     claim, nfs = job.shared.claim, job.shared.nfs
     task: dict[str, Any] = {
-        "name": job.name,
+        "name": job.dns_name,
         "num_nodes": job.num_nodes,
         "resources": {
             "image_id": f"docker:{job.image}",
@@ -40,7 +40,7 @@ def render(job: Job) -> str:
     }
     given = " ".join(f"--secret {secret}" for secret in secrets)
     comment = (
-        f"{job.header}\n#   export RAY_AUTH_TOKEN=$(openssl rand -hex 32); sky launch -c {job.name} {given} FILE\n"
+        f"{job.header}\n#   export RAY_AUTH_TOKEN=$(openssl rand -hex 32); sky launch -c {job.dns_name} {given} FILE\n"
     )
     return comment + dumped(task)
 
@@ -52,6 +52,6 @@ def _script(job: Job) -> str:
         _START_RAY,
         'if [ "$SKYPILOT_NODE_RANK" -ne 0 ]; then exit; fi',
         *shell.here_document('"$HOME/run.yaml"', job.run_file),
-        'RAY_ADDRESS=127.0.0.1:6379 peftscale train "$HOME/run.yaml" --finish',
+        f'RAY_ADDRESS=127.0.0.1:6379 {job.within_hours}peftscale train "$HOME/run.yaml" --finish',
     ]
     return "\n".join(lines) + "\n"

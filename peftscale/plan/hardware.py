@@ -35,6 +35,8 @@ class Hardware:
     network_gbytes_per_s: float = 0.0
     """Into a node over all of its ports together; 0 where it is not known. Clusters differ more than devices do."""
     devices_per_node: int = 8
+    network_ports: int = 1
+    """Ports that the rate is of. A node of fewer devices is taken to have its part of them, at least one."""
     num_cores: int | None = None
     is_all: bool = True
     """False when detected: a worker sees the devices it was given, and those of its node alone."""
@@ -49,18 +51,18 @@ class Hardware:
         match = re.fullmatch(r"(?:(\d+)x)?(.+)", text.strip(), re.IGNORECASE)
         count, device = (int(match[1] or 1), match[2]) if match else (0, text)
         if cpu := re.fullmatch(r"cpu-(\d+)GB", device, re.IGNORECASE):
-            memory, rates = int(cpu[1]), (0.0, 0.0, 0.0)
+            memory, rates, ports = int(cpu[1]), (0.0, 0.0, 0.0), 1
             name, kind = f"cpu-{memory}GB", "cpu"
         else:
             name = next((known for known in _CATALOGUE if known.lower() == device.lower()), "")
-            memory, *speeds = _CATALOGUE.get(name, (0, 0.0, 0.0, 0.0))
+            memory, *speeds, ports = _CATALOGUE.get(name, (0, 0.0, 0.0, 0.0, 1))
             rates, kind = (speeds[0], speeds[1], speeds[2]), "cuda"
         if count < 1 or memory < 1:
             raise ConfigError(
                 f"--hardware: cannot plan for {text!r}; expected <count>x<device> with one of {', '.join(_CATALOGUE)}, "
                 f"or cpu-<memory>GB, for example 8xH100-80GB or cpu-24GB."
             )
-        return cls(name, "cpu" if kind == "cpu" else "cuda", count, memory * 10**9, *rates)
+        return cls(name, "cpu" if kind == "cpu" else "cuda", count, memory * 10**9, *rates, network_ports=ports)
 
     @property
     def label(self) -> str:
@@ -74,7 +76,9 @@ class Hardware:
     def with_nodes_of(self, node_ranks: int, *, world: int) -> Self:
         """The same, where so many of `world` ranks are known to share a node."""
         if self.kind == "cuda":
-            return replace(self, devices_per_node=node_ranks)
+            ports = max(1, min(self.network_ports, self.network_ports * node_ranks // self.devices_per_node))
+            network = self.network_gbytes_per_s * ports / self.network_ports
+            return replace(self, devices_per_node=node_ranks, network_ports=ports, network_gbytes_per_s=network)
         return replace(self, num_devices=max(1, world // node_ranks))
 
     def rank_bytes(self, world: int) -> int:
@@ -84,15 +88,15 @@ class Hardware:
         return self.memory_bytes // self.ranks_per_node(world) - _RESERVED_BYTES["cpu"]
 
 
-# Memory GB, dense bfloat16 TFLOP/s, link GB/s, network GB/s into a node of eight.
-_CATALOGUE: dict[str, tuple[int, float, float, float]] = {
-    "H100-80GB": (80, 989.0, 450.0, 400.0),
-    "H200-141GB": (141, 989.0, 450.0, 400.0),
-    "A100-40GB": (40, 312.0, 300.0, 200.0),
-    "A100-80GB": (80, 312.0, 300.0, 200.0),
-    "L40S-48GB": (48, 362.0, 32.0, 12.5),  # no such system: one port of 100 Gbit/s
-    "RTX4090-24GB": (24, 165.0, 32.0, 12.5),  # the same
-    "V100-32GB": (32, 125.0, 150.0, 50.0),  # float16; it has no bfloat16 units
+# Memory GB, dense bfloat16 TFLOP/s, link GB/s, network GB/s into a node of eight, and ports of it.
+_CATALOGUE: dict[str, tuple[int, float, float, float, int]] = {
+    "H100-80GB": (80, 989.0, 450.0, 400.0, 8),
+    "H200-141GB": (141, 989.0, 450.0, 400.0, 8),
+    "A100-40GB": (40, 312.0, 300.0, 200.0, 8),
+    "A100-80GB": (80, 312.0, 300.0, 200.0, 8),
+    "L40S-48GB": (48, 362.0, 32.0, 12.5, 1),  # no such system: one port of 100 Gbit/s
+    "RTX4090-24GB": (24, 165.0, 32.0, 12.5, 1),  # the same
+    "V100-32GB": (32, 125.0, 150.0, 50.0, 4),  # float16; it has no bfloat16 units
 }
 
 
@@ -109,18 +113,20 @@ def detect(*, cuda: bool | None = None) -> Hardware:
         if torch.cuda.is_available():
             found = torch.cuda.get_device_properties(0)
             short = next((known for known in _CATALOGUE if known.split("-")[0] in found.name.replace(" ", "")), "")
-            _, tflops, link, network = _CATALOGUE.get(short, (0, 0.0, 0.0, 0.0))
-            return Hardware(
+            _, tflops, link, network, ports = _CATALOGUE.get(short, (0, 0.0, 0.0, 0.0, 1))
+            count = torch.cuda.device_count()
+            here = Hardware(
                 name=found.name,
                 kind="cuda",
-                num_devices=torch.cuda.device_count(),
+                num_devices=count,
                 memory_bytes=found.total_memory,
                 peak_tflops=tflops,
                 link_gbytes_per_s=link,
                 network_gbytes_per_s=network,
-                devices_per_node=torch.cuda.device_count(),
+                network_ports=ports,
                 num_cores=machine.num_cpus(),
                 is_all=False,
             )
+            return here.with_nodes_of(count, world=count)
     memory = machine.memory_bytes()
     return Hardware(f"cpu-{round(memory / 1e9)}GB", "cpu", 1, memory, num_cores=machine.num_cpus(), is_all=False)

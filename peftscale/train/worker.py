@@ -151,6 +151,8 @@ def train(job: Job) -> records.RunSummary:
     if state.step == 0:
         _evaluate_before(job)
         _evaluate(job, state.training)
+    if not state.training:  # cut behind the last checkpoint: the adapters may not have been written after it
+        job.journal.write(lambda: _save_adapters(job))
     while training := state.training:
         items = _take_items(cfg, state, job.tasks)
         result = step.run(
@@ -171,18 +173,11 @@ def train(job: Job) -> records.RunSummary:
 
 
 def save(job: Job) -> None:
-    """Write a checkpoint and the best adapters; every rank learns whether rank 0 could."""
+    """Write a checkpoint and the adapters; every rank learns whether rank 0 could."""
 
     def write() -> None:
         checkpoint.save_(job.state, job.cfg.checkpoints_dir, job.identity, keep=job.cfg.train.keep_checkpoints)
-        for name, adapter in job.state.cohort.items():
-            progress = job.state.progress[name]
-            kept = {"last": (_values(adapter), progress.steps)}
-            if name in job.state.best_rows:
-                kept["best"] = (job.state.best_rows[name], progress.best_step)
-            for which, (values, at_step) in kept.items():
-                if bool(torch.isfinite(values).all()):  # an adapter that failed is nobody's to load
-                    _save_adapter(job, name, which, values, at_step)
+        _save_adapters(job)
 
     job.journal.write(write)
     job.report(job.state.step)
@@ -327,6 +322,18 @@ def _values(adapter: adapters.Adapter) -> torch.Tensor:
     """A copy of what passes see of the adapter."""
     with torch.no_grad():
         return adapter.folded().values.detach().clone()
+
+
+def _save_adapters(job: Job) -> None:
+    """What each adapter is now, and its best."""
+    for name, adapter in job.state.cohort.items():
+        progress = job.state.progress[name]
+        kept = {"last": (_values(adapter), progress.steps)}
+        if name in job.state.best_rows:
+            kept["best"] = (job.state.best_rows[name], progress.best_step)
+        for which, (values, at_step) in kept.items():
+            if bool(torch.isfinite(values).all()):  # an adapter that failed is nobody's to load
+                _save_adapter(job, name, which, values, at_step)
 
 
 def _save_adapter(job: Job, name: str, which: str, values: torch.Tensor, at_step: int) -> int:

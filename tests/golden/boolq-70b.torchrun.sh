@@ -41,4 +41,4 @@ cluster:
   storage: /mnt/peftscale/runs
 END_OF_RUN_FILE
 
-torchrun --nnodes 2 --rdzv-id boolq-70b --rdzv-backend c10d --rdzv-endpoint "$HEAD" --nproc-per-node 8 --no-python peftscale train "$run_file" "$@"
+timeout --foreground --signal=INT --kill-after=60 86400 torchrun --nnodes 2 --rdzv-id boolq-70b --rdzv-backend c10d --rdzv-endpoint "$HEAD" --nproc-per-node 8 --no-python peftscale train "$run_file" "$@"

@@ -468,6 +468,18 @@ def test_a_full_disk_ends_the_run_with_its_directory_and_the_last_checkpoint_goe
     assert _steps(run_dir) == [1, 2, 3, 4, 3, 4, 3, 4]
 
 
+def test_a_disk_that_is_full_at_the_first_checkpoint_costs_a_run_neither_its_rows_nor_its_name(place: Place) -> None:
+    file, run_dir = place.run_file(), place.here / "runs" / "tiny"
+    assert commands.run("train", file, "name=packs").code == 0
+    with commands.file_size_limit(2_500):  # room for rows
+        full = commands.run("train", file)
+    assert full.code == 2 and "step-2 cannot be written: File too large" in full.err, full.err
+    assert _steps(run_dir) == [1, 2]
+    again = commands.run("train", file, "--resume", "tiny")
+    assert again.code == 0, again.err
+    assert _steps(run_dir)[-4:] == [1, 2, 3, 4]
+
+
 def test_metrics_that_cannot_be_written_end_the_run_at_its_next_checkpoint(place: Place) -> None:
     file, run_dir = _stopped_run(place)
     for number in range(1000):

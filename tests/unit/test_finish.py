@@ -1,10 +1,15 @@
 """`train --finish`, which rendered jobs use: it may be started any number of times."""
 
+import errno
+import fcntl
 import json
+import os
+import signal
 from pathlib import Path
 
 import commands
-from filelock import FileLock
+import pytest
+from filelock import FileLock, Timeout
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
@@ -45,3 +50,51 @@ def test_a_run_that_another_process_works_on_is_left_alone(tmp_path: Path) -> No
         assert not (tmp_path / "quickstart").exists()
     assert commands.run("train", QUICKSTART, *few).code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["quickstart"]
+
+
+def test_where_files_have_no_locks_a_killed_process_leaves_none_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lustre without `-o flock`: what another host's process left, as filelock would leave it, holds up nobody."""
+    few = ["cluster.workers=0", "train.steps=2", "train.evaluate_every=2", f"cluster.storage={tmp_path}"]
+    (tmp_path / ".quickstart.running").write_text("1234\nanother-host\n")
+
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    with pytest.raises(Timeout):
+        FileLock(tmp_path / ".quickstart.running", timeout=0).acquire()
+    done = commands.run("train", QUICKSTART, *few)
+    assert done.code == 0, done.err
+
+
+_KILLED_BEHIND_THE_LAST_CHECKPOINT = """
+import os, signal, sys
+def hook(event, arguments):
+    if event == "os.rename" and os.path.exists("{checkpoint}"):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+"""
+
+
+def test_a_run_that_is_cut_behind_its_last_checkpoint_has_its_adapters_in_the_end(tmp_path: Path) -> None:
+    few = ["cluster.workers=0", "train.steps=4", "train.evaluate_every=2", "train.checkpoint_every=4"]
+    assert commands.run("train", QUICKSTART, *few, f"cluster.storage={tmp_path / 'whole'}").code == 0
+    run = tmp_path / "cut" / "quickstart"
+    killed = commands.run_alone(
+        *("train", QUICKSTART, *few, f"cluster.storage={run.parent}"),
+        before=_KILLED_BEHIND_THE_LAST_CHECKPOINT.format(checkpoint=run / "checkpoints" / "step-4"),
+    )
+    assert killed.code == -signal.SIGKILL and not list(run.glob("adapters/*/[a-z]*"))
+    assert commands.run("train", QUICKSTART, *few, f"cluster.storage={run.parent}", "--finish").code == 0
+    assert _adapters(run) == _adapters(tmp_path / "whole" / "quickstart")
+
+
+def _adapters(run: Path) -> dict[str, bytes]:
+    found = {
+        str(path.relative_to(run)): path.read_bytes()
+        for path in run.glob("adapters/*/[a-z]*/adapter_model.safetensors")
+    }
+    assert sorted(found) == [f"adapters/grades/{which}/adapter_model.safetensors" for which in ("best", "last")]
+    return found

@@ -49,6 +49,17 @@ def test_the_first_error_of_the_last_start_is_the_cause(tmp_path: Path) -> None:
     assert line.traceback is not None and "raise error\nMemoryError: no room" in line.traceback
 
 
+def test_a_rank_that_a_smaller_start_has_no_place_for_is_not_asked(tmp_path: Path) -> None:
+    """Two ranks, one of them lost, and the run goes on with one, all within minutes."""
+    with logs.kept(tmp_path, 1, 2):
+        _failed(tmp_path, 0, RuntimeError("Connection closed by peer"))
+        assert logs.cause(tmp_path) is not None
+        with logs.kept(tmp_path, 0, 1):
+            assert logs.cause(tmp_path) is None
+        _failed(tmp_path, 0, MemoryError("no room"))
+        assert logs.cause(tmp_path) == f"rank 0 on {socket.gethostname()} at step 3: MemoryError: no room"
+
+
 def test_of_ranks_that_only_miss_another_one_the_one_without_a_word_is_the_cause(tmp_path: Path) -> None:
     waited = RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 9000ms for recv")
     with logs.kept(tmp_path, 1):

@@ -200,6 +200,15 @@ def test_auto_crosses_no_network_where_a_node_has_one_rank_and_room_for_all() ->
     assert plan.make(cfg, facts.load(cfg.base.model), replace(larger, devices_per_node=2)).sharding == "node"
 
 
+@pytest.mark.parametrize(("node_ranks", "expected"), [(1, 50.0), (4, 200.0), (8, 400.0), (16, 400.0)])
+def test_a_node_of_fewer_devices_has_its_part_of_the_ports(node_ranks: int, expected: float) -> None:
+    found = Hardware.parse("64xH100-80GB").with_nodes_of(node_ranks, world=64)
+    assert found.network_gbytes_per_s == expected
+    assert found.with_nodes_of(node_ranks, world=64) == found  # known twice, cut once
+    one_port = Hardware.parse("64xL40S-48GB")
+    assert one_port.with_nodes_of(node_ranks, world=64).network_gbytes_per_s == one_port.network_gbytes_per_s
+
+
 def test_a_run_plans_with_the_nodes_that_it_finds_and_a_plan_with_those_of_the_run_file() -> None:
     cfg, base = small_plans.cfg(adapters={"a": 5}), small_plans.base()
     found = replace(Hardware.parse("8xH100-80GB"), is_all=False)  # as a rank sees them

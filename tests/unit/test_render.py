@@ -283,6 +283,22 @@ def test_pods_are_reached_by_each_other_the_operator_and_prometheus_alone() -> N
     among, *outside = policy["spec"]["ingress"]
     assert among == {"from": [{"podSelector": {"matchLabels": labels}}]}
     assert [rule["ports"][0]["port"] for rule in outside] == [8265, 8080]
+    # What KubeRay calls every pod of every Ray cluster, and what it calls its operator.
+    ray_pod = {"app.kubernetes.io/name": "kuberay", "app.kubernetes.io/created-by": "kuberay-operator"}
+    operator = {"app.kubernetes.io/name": "kuberay-operator", "app.kubernetes.io/component": "kuberay-operator"}
+    let_in = [rule["from"][0]["podSelector"]["matchLabels"] for rule in outside]
+    assert not any(wanted.items() <= ray_pod.items() for wanted in let_in)
+    assert let_in[0].items() <= operator.items()
+
+
+def test_a_job_is_ended_after_its_hours() -> None:
+    half = "cluster.deploy.hours=0.5"
+    assert ray_job(half)["spec"]["activeDeadlineSeconds"] == 1800
+    assert "#SBATCH --time=30\n" in rendered("slurm", half)
+    assert "#SBATCH --time=1\n" in rendered("slurm", "cluster.deploy.hours=0.001")  # 0 would be no limit
+    for target in ("skypilot", "torchrun", "ray-aws", "ray-gcp"):
+        assert "timeout --foreground --signal=INT --kill-after=60 1800 " in rendered(target, half)
+        assert "timeout --" not in rendered(target, "cluster.deploy.hours=null")
 
 
 def test_a_job_of_a_queue_waits_for_it() -> None:
@@ -294,6 +310,10 @@ def test_a_job_of_a_queue_waits_for_it() -> None:
 
 def test_a_name_becomes_one_that_kubernetes_takes() -> None:
     assert ray_job("name=Run_7.b")["metadata"]["name"] == "run-7-b"
+    for target in TARGETS:
+        check(target, rendered(target, "name=70b-boolq"))
+    assert ray_job("name=70b-boolq")["metadata"]["name"] == "run-70b-boolq"
+    assert "sky launch -c run-70b-boolq " in rendered("skypilot", "name=70b-boolq")
     assert "KubeRay takes up to 47 characters, got 60" in refused("kuberay", f"name={'a' * 60}")
 
 

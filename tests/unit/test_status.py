@@ -86,8 +86,9 @@ def test_the_commands_find_runs_by_run_file_directory_and_storage(tmp_path: Path
     table = commands.run("status", first.cluster.storage).err
     assert "ended" in table and "4/4" in table
     lines = commands.run("logs", second.run_dir, "--json")
-    assert json.loads(lines.out.splitlines()[0])["message"] == "begins"
-    assert commands.run("logs", second.run_dir, "--follow").out.splitlines()[0].endswith("begins")  # it has ended
+    assert json.loads(lines.out.splitlines()[0])["message"] == "begins, one of 1"
+    followed = commands.run("logs", second.run_dir, "--follow")  # it has ended
+    assert followed.out.splitlines()[0].endswith("begins, one of 1")
     several = commands.run("logs", first.cluster.storage)
     assert several.code == 2 and "2 runs are there (second, first); name one" in several.err
 

@@ -150,7 +150,7 @@ def test_the_commands_read_a_run_from_the_bucket_alone(
         (found,) = json.loads(commands.run("status", where, "--json").out)["runs"]
         assert (found["state"], found["step"], found["dir"]) == ("ended", 2, f"{URL}/tiny")
     lines = commands.run("logs", f"{URL}/tiny", "--follow")
-    assert lines.code == 0 and lines.out.splitlines()[0].endswith("begins")
+    assert lines.code == 0 and lines.out.splitlines()[0].endswith("begins, one of 1")
     elsewhere = commands.run("evaluate", file, "--split", "validation", "--json")
     assert elsewhere.code == 0, elsewhere.err
     named = commands.run("evaluate", file, "-a", f"{URL}/tiny/adapters/mood/best", "--split", "validation", "--json")
@@ -277,3 +277,33 @@ def test_a_store_that_is_asked_for_more_than_it_has_says_so(server: Server, tmp_
     with pytest.raises(CheckpointError, match=rf"{URL} cannot be read: .*Path does not exist"):
         Store(URL).read("nothing", tmp_path / "nothing")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_driver_elsewhere_that_gives_up_leaves_the_word_and_takes_nothing_away(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoints are on the machine of rank 0, and may never have been on the driver's."""
+    _machine(tmp_path, "rank 0's", monkeypatch)
+    cfg = _config(tmp_path)
+    driver.run(cfg, show=False)
+    before = _there("tiny")
+
+    _machine(tmp_path, "the driver's", monkeypatch)
+    cfg.run_dir.mkdir(parents=True)
+    cfg.failure_path.write_text("no retries are left")
+    mirror = storage.Mirror(cfg)
+    mirror.push_failure()
+    assert _there("tiny") == before | {"tiny/failure.txt"}
+    mirror.push()
+    assert _there("tiny") == before | {"tiny/failure.txt"}
+
+    mirror.pull()  # now they are here, and what is deleted here is meant to be gone
+    shutil.rmtree(cfg.checkpoints_dir / "step-4")
+    mirror.push()
+    assert before - _there("tiny") == {name for name in before if "/step-4/" in name}
+
+
+def test_a_copy_that_breaks_off_leaves_nothing_there(server: Server) -> None:
+    with pytest.raises(CheckpointError):
+        Store(URL).write("broken", Path("/proc/self/mem"))  # whose first byte cannot be read
+    assert _there() == set()
