@@ -66,7 +66,8 @@ class TrainConfig(OptimizerConfig):
     examples_per_step: PositiveInt
     """Over all ranks and micro-batches: the number of workers never changes it."""
     microbatch_tokens: PositiveInt
-    """Most tokens, prompts and padding included, in one pass of one rank. It bounds memory, not the result."""
+    """Most tokens, prompts and padding included, in one pass of one rank. It bounds what is computed, and memory with
+    it, not the result. On a CPU packed passes keep keys and values of a prompt for each text as well: see `plan`."""
     packing: Literal["auto", "off"] = "auto"
     """auto: one row of all prompts and texts, each prompt computed once, where that is exact for the base (it is
     checked); off: one padded row an example, the reference."""

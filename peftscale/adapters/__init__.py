@@ -122,16 +122,18 @@ def _starting_prefix(
     shape = prefixed.shape_of(base.model.config)
     if cfg.reparam == "mlp":
         assert cfg.reparam_hidden_size is not None  # checked with the run file
+        # One draw for all parts: with seed + part, one seed's decoder would begin as the next one's encoder.
+        draw = torch.Generator().manual_seed(seed)
         networks = [
             initialisation.network(
                 cfg.length,
                 base.hidden_size,
                 hidden=cfg.reparam_hidden_size,
                 outputs=shape.width // shape.num_layers * num_layers,
-                seed=seed + part,
+                draw=draw,
                 is_zero=cfg.init == "zero",
             )
-            for part, num_layers in enumerate(shape.parts or (shape.num_layers,))
+            for num_layers in shape.parts or (shape.num_layers,)
         ]
         return ReparametrisedPrefix(networks, shape=shape)
     match cfg.init:

@@ -96,9 +96,9 @@ def random_keys_values(length: int, shape: PrefixShape, *, seed: int) -> Tensor:
 
 
 def network(
-    length: int, width: int, *, hidden: int, outputs: int, seed: int, is_zero: bool
+    length: int, width: int, *, hidden: int, outputs: int, draw: torch.Generator, is_zero: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Vectors and network of a re-parametrised prefix, by `seed` alone, float32 on the CPU.
+    """Vectors and network of a re-parametrised prefix, by `draw` alone, float32 on the CPU.
 
     Vectors are drawn from N(0, 1), weights and biases of a layer with n inputs from U(-n^-0.5, n^-0.5): torch's own for
     embeddings and linears.
@@ -108,14 +108,13 @@ def network(
         width: of a vector, E.
         hidden: size of the hidden layer, M.
         outputs: numbers that the network makes for a virtual token, O.
-        seed: of this draw only; the global random state is left alone.
+        draw: where the numbers come from, and those of the next network after them.
         is_zero: make the outer layer zero, so that the prefix starts at zeros; the vectors and the inner layer are
             drawn as ever.
 
     Returns:
         Vectors (P, E); weight (M, E) and bias (M,) of the inner layer; weight (O, M) and bias (O,) of the outer one.
     """
-    draw = torch.Generator().manual_seed(seed)
     inputs_PE = torch.randn(length, width, generator=draw)
     inner, outer = _layer(hidden, width, draw), _layer(outputs, hidden, draw)
     if is_zero:

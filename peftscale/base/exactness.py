@@ -34,9 +34,11 @@ on the quickstart base: 0.6 of one, where the padded pass itself is 0.5 off floa
 percent. In float32 TOLERANCE is the larger one: at a hidden size of 1024 and 8 blocks packing differs by 6.5e-7 and
 batching alone by 1.8e-7."""
 WINDOW = 8
+_OF_LAYERS = ("layer_types", "no_rope_layers", "mlp_layer_types")
+"""What configs call the lists that tell layers apart, by their place."""
 _HEAD_SIZE = 16
 _TRIED = "peftscale_packed_tried"
-_PROMPT, _TEXTS = 6, (25, 13, 22, 9)  # longer than three windows
+_PROMPT, _TEXTS = 10, (25, 13, 22, 9)  # the prompt longer than a window, with its text longer than three
 
 
 def make_packed(base: Base, name: str = attention.NAME) -> None:
@@ -65,10 +67,11 @@ def small_copy_differs(config: PretrainedConfig) -> str | None:
 
 
 def small_copy(config: PretrainedConfig) -> PreTrainedModel:
-    """A random float32 model with the config's kinds of layers as its `layer_types` names them, and small sizes."""
+    """A random float32 model with the config's kinds of layers as its lists of layers tell them, and small sizes."""
     small = copy.deepcopy(config.get_text_config())
-    kinds: list[str] | None = getattr(small, "layer_types", None)
-    depth = min(small.num_hidden_layers, 2 if kinds is None else _layers_with_every_kind(kinds))
+    lists = {name: list(getattr(small, name, None) or ()) for name in _OF_LAYERS}
+    lists = {name: of_layers for name, of_layers in lists.items() if len(of_layers) == small.num_hidden_layers}
+    depth = min(small.num_hidden_layers, _layers_with_every_kind([*zip(*lists.values(), strict=True)]) if lists else 2)
     heads = small.num_attention_heads
     groups = heads // (getattr(small, "num_key_value_heads", None) or heads)
     small_heads = 2 * max(1, min(groups, 4)) if groups > 1 else 4
@@ -91,8 +94,8 @@ def small_copy(config: PretrainedConfig) -> PreTrainedModel:
         if getattr(small, name, None) is not None:
             with contextlib.suppress(AttributeError):  # a property of the others, in some configs
                 setattr(small, name, value)
-    if kinds is not None:
-        small.layer_types = kinds[:depth]
+    for name, of_layers in lists.items():
+        setattr(small, name, of_layers[:depth])
     for name in ("sliding_window", "attention_chunk_size"):
         if getattr(small, name, None) is not None:
             setattr(small, name, WINDOW)
@@ -219,7 +222,7 @@ def _cached_results(model: PreTrainedModel, rows: Sequence[Row], prefixes: Seque
     return [logits_MV.detach(), *(gradient for gradient in gradients if gradient is not None)]
 
 
-def _layers_with_every_kind(kinds: Sequence[str]) -> int:
+def _layers_with_every_kind(kinds: Sequence[tuple[Any, ...]]) -> int:
     """The shortest beginning that has each kind, at least two layers."""
     return max(2, 1 + max(kinds.index(kind) for kind in set(kinds)))
 

@@ -23,7 +23,7 @@ from peftscale.data.tokens import Ids, TextEncoder
 from peftscale.errors import AdapterError, ConfigError, DataError, PeftscaleError
 from peftscale.session.opening import load_base, ranks
 from peftscale.session.settings import ENDLESS, Settings, checked
-from peftscale.train import comm, evaluate, step
+from peftscale.train import comm, evaluate, setup, step
 from peftscale.train.optim import AdapterOptimizer
 from peftscale.train.step import StepResult
 
@@ -64,10 +64,11 @@ class Session:
                 network_learning_rate: as `train` in a run file.
             steps: after which no more can be taken; needed by the schedules that end. None: no end.
             seed: of the starts of adapters that have none of their own.
-            microbatch_tokens: as in a run file: it bounds memory, not the result.
+            microbatch_tokens: as `train` has it in a run file; the result is the same.
 
         Raises:
             ConfigError: an argument is wrong; the message names it.
+            DataError: ranks were given different ones.
             AdapterError: an adapter cannot start as asked for, or is a prefix and the base takes none.
         """
         given = {
@@ -84,7 +85,8 @@ class Session:
             "seed": seed,
             "microbatch_tokens": microbatch_tokens,
         }
-        self._cfg = checked(Settings, "peftscale.Session", given)
+        self._cfg = _same_on_every_rank(lambda: checked(Settings, "peftscale.Session", given))
+        comm.together(lambda: setup.verify_starts(self._cfg.adapters))
         self.base = base
         self.cohort = build_cohort(self._cfg.adapters, base, seed=self._cfg.seed)
         """The adapters, by name."""
@@ -282,7 +284,8 @@ class Session:
 def _same_on_every_rank(work: Callable[[], T]) -> T:
     """What this rank makes of its arguments, if all ranks make the same of theirs.
 
-    With other texts they would make another number of passes, and wait for each other until the time-out.
+    With other texts they would make another number of passes, and wait for each other until the time-out; with another
+    seed they would train other prompts, each by the gradients of all.
     """
     made: T | None = None
     failure: PeftscaleError | None = None
@@ -295,7 +298,7 @@ def _same_on_every_rank(work: Callable[[], T]) -> T:
         raise failure
     if not is_same:
         raise DataError(
-            f"rank {comm.rank()} was given other texts than another rank. Every rank makes the same calls with the "
-            f"whole batch; sharing it among them is done here."
+            f"rank {comm.rank()} was given something else than another rank. Every rank makes the same calls with the "
+            f"same arguments and the whole batch; sharing it among them is done here."
         )
     return cast(T, made)

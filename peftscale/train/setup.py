@@ -5,7 +5,7 @@ rank, and what each would decide alone (does it fit, which sharding, packed or n
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from peftscale.adapters import files
 from peftscale.base import attention, exactness, flex_exactness, text_exactness
 from peftscale.base import load as base_load
 from peftscale.base.load import Base
-from peftscale.config import BaseConfig, RunConfig
+from peftscale.config import AdapterConfig, BaseConfig, RunConfig
 from peftscale.data import metrics, tasks
 from peftscale.data.mixtures import Mixture
 from peftscale.data.tasks import TaskData
@@ -179,7 +179,7 @@ def pack_where_exact(base: Base) -> str | None:
     return "attention is FlexAttention"
 
 
-def verify_starts(cfg: RunConfig) -> list[str]:
+def verify_starts(adapters: Mapping[str, AdapterConfig]) -> list[str]:
     """Check the adapters that others start from before a base is loaded for them.
 
     Returns:
@@ -189,7 +189,7 @@ def verify_starts(cfg: RunConfig) -> list[str]:
         AdapterError: one cannot be used, whatever the base.
     """
     notes = []
-    for name, adapter in cfg.adapters.items():
+    for name, adapter in adapters.items():
         if adapter.init_adapter is None:
             continue
         where = f"adapters.{name}.init_adapter"

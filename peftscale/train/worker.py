@@ -6,7 +6,7 @@ Runs alike in this process, under torchrun, and in a Ray worker. What it learns 
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -48,6 +48,8 @@ class Job:
     report: Report
     starts: dict[str, StartCard]
     journal: Journal
+    saved_at: dict[tuple[str, str], int] = field(default_factory=dict)
+    """Step of what this process has written last, of each adapter's best and last."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def open_job(
     planned = setup.make_plan(cfg, device)
     # Before the base: a wrong label is known in seconds, packing may take an hour.
     data = comm.together(lambda: setup.load_tasks(cfg))
-    unverified = comm.together(lambda: setup.verify_starts(cfg))
+    unverified = comm.together(lambda: setup.verify_starts(cfg.adapters))
     peak.restart()  # data and its libraries are not the base's
     base = setup.load_base(cfg.base, planned, device)
     chosen = setup.choose_packing(cfg, base)
@@ -332,8 +334,11 @@ def _save_adapters(job: Job) -> None:
         if name in job.state.best_rows:
             kept["best"] = (job.state.best_rows[name], progress.best_step)
         for which, (values, at_step) in kept.items():
+            if job.saved_at.get((name, which)) == at_step:
+                continue
             if bool(torch.isfinite(values).all()):  # an adapter that failed is nobody's to load
                 _save_adapter(job, name, which, values, at_step)
+                job.saved_at[name, which] = at_step
 
 
 def _save_adapter(job: Job, name: str, which: str, values: torch.Tensor, at_step: int) -> int:

@@ -141,15 +141,16 @@ def _moved_apart(base: Base) -> dict[int, float]:
     start = cohort.rows()
     for _ in range(NUM_COMPARED):
         cohort.step()
-    ends, errors = cohort.rows(), dict.fromkeys(LENGTHS, 0.0)
+    ends = cohort.rows()
+    errors: dict[int, list[float]] = {length: [] for length in LENGTHS}
     for name, one in mixed.items():
         solo = Run(base, {name: one})
         for _ in range(NUM_COMPARED):
             solo.step()
         end = solo.rows()[name]
         apart = float((ends[name] - end).norm() / (end - start[name]).norm())
-        errors[one[0]] = max(errors[one[0]], apart)
-    return errors
+        errors[one[0]].append(apart)
+    return {length: float(torch.tensor(of_length).max()) for length, of_length in errors.items()}  # NaN stays
 
 
 def _rank(rank: int, directory: Path, task: str, num_turns: int, with_bucket: bool) -> None:

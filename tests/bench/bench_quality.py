@@ -286,8 +286,8 @@ def tries(study: Study, base: str, task: str) -> None:
     residual = {"reparam": "residual", "reparam_hidden_size": 64}
     settings = {
         "recipe": prompt,
-        "rate-0.1": prompt | {"train": {"learning_rate": 0.1}},
-        "rate-1": prompt | {"train": {"learning_rate": 1.0}},
+        "rate-low": prompt | {"train": {"learning_rate": 0.1}},
+        "rate-high": prompt | {"train": {"learning_rate": 1.0}},
         "start-random": bare | {"init": "random"},
         "start-vocabulary": bare | {"init": "vocabulary"},
         "residual": prompt | residual | {"train": {"network_learning_rate": 0.01}},

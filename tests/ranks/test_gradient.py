@@ -59,7 +59,7 @@ def test_one_two_and_three_ranks_give_one_gradient_sharded_and_replicated(
     plain = tiny.run_config(tmp_path, base=base, **changes)
     checkpointed = tiny.run_config(tmp_path, base=base, **changes, **{"base.checkpoint_activations": True})
     (want,) = run_ranks(_gradient, 1, tmp_path / "one", plain, "replicated", 4096)
-    errors = {}
+    errors: dict[str, list[float]] = {}
     cases = [
         (2, "world", plain, 4096),
         (2, "world", checkpointed, 64),
@@ -73,8 +73,9 @@ def test_one_two_and_three_ranks_give_one_gradient_sharded_and_replicated(
             assert got["loss"] == pytest.approx(float(want["loss"]), rel=1e-6)
             assert got["traffic"].reduced == 5 * 64 * 4
             assert (got["traffic"].gathered > 0) == (sharding == "world")
-            errors[name] = _error(got["grad"], want["grad"])
-    assert max(errors.values()) < 2e-6, errors  # float32 order of sums; measured 1.02e-6
+            errors.setdefault(name, []).append(_error(got["grad"], want["grad"]))
+    # float32 order of sums; measured 1.02e-6
+    assert all(error < 2e-6 for of_case in errors.values() for error in of_case), errors
 
 
 def test_a_wrong_share_of_the_batch_would_be_seen(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from peftscale import records
 from peftscale.adapters import files
 from peftscale.config import AdapterTrainConfig, PrefixConfig, RunConfig, SoftPromptConfig
 from peftscale.data.batches import Cursor
-from peftscale.errors import DataError
+from peftscale.errors import DataError, PeftscaleError
 from peftscale.records import StepRecord
 from peftscale.session import Session
 from peftscale.train import comm, worker
@@ -84,6 +84,13 @@ def _disagree(cfg: RunConfig) -> list[Any]:
     """What each rank is told when one has other texts, one has texts that cannot be used, and then all agree."""
     found: list[Any] = []
     session, rank = _open(cfg), comm.rank()
+    lost = SoftPromptConfig(kind="prompt", length=5, init="adapter", init_adapter=Path("/nowhere"))
+    there = SoftPromptConfig(kind="prompt", length=5, init="random")
+    for adapter, seed in ((there, rank // 2), (there if rank else lost, 0), (lost, 0)):
+        try:
+            Session(session.base, {"mood": adapter}, optimizer="adamw", learning_rate=0.1, seed=seed)
+        except PeftscaleError as error:
+            found.append(f"{type(error).__name__}: {error}")
     for batch in ({"mood": PAIRS[: rank + 1]}, {"mood": PAIRS if rank == 1 else []}, {"mood": PAIRS}):
         try:
             found.append(session.step(batch).losses["mood"])
@@ -102,8 +109,11 @@ def _disagree(cfg: RunConfig) -> list[Any]:
 def test_ranks_that_were_given_different_texts_are_told_and_none_waits(tmp_path: Path) -> None:
     cfg = tiny.run_config(tmp_path)
     results = run_ranks(_disagree, 3, tmp_path / "ranks", cfg)
-    for rank, (other, unusable, loss, *rest) in enumerate(results):
-        assert other.startswith(f"rank {rank} was given other texts than another rank.")
+    for rank, (seeds, one, lost, other, unusable, loss, *rest) in enumerate(results):
+        given = f"DataError: rank {rank} was given something else than another rank."
+        assert seeds.startswith(given) and one.startswith(given)
+        assert lost.startswith("AdapterError: adapters.mood.init_adapter: ")
+        assert other.startswith(f"rank {rank} was given something else than another rank.")
         assert unusable.startswith("rank 1 was given" if rank == 1 else "batch['mood']: must be a list of at least one")
         assert loss == results[0][2] > 0
         assert rest == [1, True, False, False]

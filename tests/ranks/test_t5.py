@@ -101,7 +101,7 @@ def test_prompt_and_prefix_gradients_on_one_two_and_three_ranks_agree(tmp_path: 
                 assert got["empty passes"] == (2 if world == 3 else 0)
                 worst += _errors(got["gradients"], want["gradients"])
     # float32 order of sums: measured 2.0e-6, and 1.7e-6 on one rank with smaller passes.
-    assert max(worst) < 5e-6
+    assert all(error < 5e-6 for error in worst), worst
 
 
 def _watch(cfg: RunConfig, most: int) -> dict[str, Any]:

@@ -274,6 +274,16 @@ def test_a_text_s_start_is_what_encoder_and_decoder_make_of_it(tmp_path: Path) -
     torch.testing.assert_close(values, want, rtol=0, atol=1e-6)
 
 
+def test_networks_of_all_parts_and_seeds_begin_apart(tmp_path: Path) -> None:
+    """Encoder, decoder and cross attention of three seeds. Their vectors have one shape, so that two could be equal."""
+    prefix = {"kind": "prefix", "length": 5, "init": "random", "reparam": "mlp", "reparam_hidden_size": 8}
+    cfg = _config(tmp_path, adapters={f"s{seed}": prefix | {"seed": seed} for seed in range(3)})
+    cohort = adapters.build(cfg, _load(cfg))
+    starts = [parameter for adapter in cohort.values() for parameter in adapter.parameters() if len(parameter) == 5]
+    assert len(starts) == 9
+    assert len({start.detach().numpy().tobytes() for start in starts}) == 9
+
+
 # Training and evaluation
 
 
@@ -301,7 +311,7 @@ def test_accumulation_over_many_passes_equals_one_pass(tmp_path: Path) -> None:
     cohort = adapters.build(cfg, base)
     one, many = (_gradients(cfg, base, cohort, microbatch_tokens=tokens) for tokens in (4096, 60))
     errors = {name: _error(many[name], one[name]) for name in one}
-    assert max(errors.values()) < 2e-6, errors  # float32 order of sums; measured 1.3e-6
+    assert all(error < 2e-6 for error in errors.values()), errors  # float32 order of sums; measured 1.3e-6
 
 
 def test_a_cohort_of_all_kinds_equals_each_alone(tmp_path: Path) -> None:
@@ -312,7 +322,7 @@ def test_a_cohort_of_all_kinds_equals_each_alone(tmp_path: Path) -> None:
     for name, adapter in cohort.items():
         alone = _gradients(cfg, base, Cohort({name: adapter}))
         errors = {key: _error(gradient, together[key]) for key, gradient in alone.items()}
-        assert max(errors.values()) < 1e-6, errors  # measured 8.1e-7
+        assert all(error < 1e-6 for error in errors.values()), errors  # measured 8.1e-7
 
 
 @pytest.mark.parametrize("bad", MIXED)

@@ -10,6 +10,7 @@ import families
 import pytest
 import tiny
 import torch
+import transformers
 from torch import Tensor
 
 from peftscale import adapters, driver
@@ -36,6 +37,14 @@ def test_bases_with_fused_experts_are_refused_and_all_others_of_the_table_load()
     refused = dict.fromkeys(ATTENTION_ONLY, "attention only: refused for fused experts")
     assert found == dict.fromkeys(found, "loads") | refused
     assert len(set(CONFIGS) - PADDED - ATTENTION_ONLY) >= 12
+
+
+def test_the_small_copy_has_every_kind_of_layer_that_a_config_lists() -> None:
+    """SmolLM3's fourth layer is the first without positions; its `layer_types` are all alike."""
+    config = transformers.SmolLM3Config(num_hidden_layers=8, hidden_size=64, num_attention_heads=4, pad_token_id=0)
+    small = exactness.small_copy(config).config
+    assert (small.num_hidden_layers, small.no_rope_layers) == (4, [1, 1, 1, 0])
+    assert exactness.small_copy(CONFIGS["llama"]).config.num_hidden_layers == 2
 
 
 @pytest.mark.parametrize("family", sorted(PADDED))

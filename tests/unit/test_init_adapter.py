@@ -133,7 +133,7 @@ def test_a_file_that_was_altered_is_refused_before_a_base_is_loaded(here: Path, 
     weights.write_bytes(weights.read_bytes()[:-1])
     cfg = configio.load(here / "run.json")
     with pytest.raises(AdapterError, match=r"adapters\.mood\.init_adapter: .*cut or altered"):
-        setup.verify_starts(cfg)
+        setup.verify_starts(cfg.adapters)
 
 
 @pytest.mark.parametrize(
