@@ -26,7 +26,15 @@ P = 5
 QWEN2 = {**tiny.LLAMA, "model_type": "qwen2"}
 WINDOWED = {**tiny.LLAMA, "model_type": "mistral", "sliding_window": 8}
 GEMMA2 = {**tiny.LLAMA, "model_type": "gemma2", "head_dim": 16, "sliding_window": 8, "tie_word_embeddings": True}
-FAMILIES = {"llama": tiny.LLAMA, "gpt2": tiny.GPT2, "qwen2": QWEN2, "windowed": WINDOWED, "gemma2": GEMMA2}
+QWEN3 = {**tiny.LLAMA, "model_type": "qwen3", "head_dim": 24}  # not hidden size / heads
+FAMILIES = {
+    "llama": tiny.LLAMA,
+    "gpt2": tiny.GPT2,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "windowed": WINDOWED,
+    "gemma2": GEMMA2,
+}
 TEXTS = ("The plot falls apart after ten minutes and nobody cares.\nVerdict:", "Lovely\nVerdict:", "Dull, dull, dull")
 
 
