@@ -5,6 +5,7 @@ ours. What a worker does is `train.worker` and `train.use`.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from filelock import Timeout
+from filelock import FileLock, Timeout
 
 from peftscale import (
     auth,
@@ -52,7 +53,8 @@ def run(cfg: RunConfig, *, resume: bool = False, show: bool = True) -> RunSummar
         show: print progress to standard error.
 
     Raises:
-        PeftscaleError: the user's input is wrong; nothing of a new run is left behind.
+        PeftscaleError: the user's input is wrong, and nothing of a new run is left behind; or its disk or store cannot
+            be written, and what it has is kept.
         TrainingError: the run failed.
     """
     if resume and not cfg.keeps_checkpoints:
@@ -87,7 +89,7 @@ def _run(cfg: RunConfig, *, resume: bool, show: bool) -> RunSummary:
         except _AtWorkError:  # it has taken over what was made here
             raise
         except PeftscaleError as error:
-            if made and not mirror.has_results() and not _has_steps(cfg):
+            if made and not mirror.has_results() and not _has_steps(cfg, mirror):
                 shutil.rmtree(cfg.run_dir, ignore_errors=True)  # the name stays free for the corrected run
                 _remove_empty(made)
                 with contextlib.suppress(PeftscaleError):
@@ -273,27 +275,32 @@ def _alone(cfg: RunConfig) -> Iterator[bool]:
     Yields whether it is held: without the storage's directory it cannot be.
     """
     where = cfg.run_dir.with_name(f".{cfg.name}.running")
-    with contextlib.ExitStack() as stack:
-        is_held = False
-        try:
-            is_held = where.parent.exists() and stack.enter_context(machine.locked(where, timeout_s=0))
-        except Timeout:
-            raise _AtWorkError(
-                f"name: another process works on the run {cfg.name!r} in {cfg.cluster.storage}. Wait for its end, or "
-                f"stop it."
-            ) from None
-        except OSError as error:  # what cannot be written is said when the run is opened
-            log.debug("%s: no lock is held: %s", where, error)
-        try:
-            yield is_held
-        finally:
-            if is_held:
-                where.unlink(missing_ok=True)  # while it is held: nobody can have taken it by its name
+    # A file that stands for a lock, as filelock makes it otherwise, would outlive a process that is killed.
+    lock = FileLock(where, timeout=0, fallback_to_soft=False)
+    try:
+        if where.parent.exists():
+            lock.acquire()
+    except Timeout:
+        raise _AtWorkError(
+            f"name: another process works on the run {cfg.name!r} in {cfg.cluster.storage}. Wait for its end, or "
+            f"stop it."
+        ) from None
+    except OSError as error:  # what cannot be written is said when the run is opened
+        if error.errno == errno.ENOSYS:
+            log.warning("%s has no locks: nothing keeps another process from this run.", where.parent)
+            where.unlink(missing_ok=True)
+    try:
+        yield lock.is_locked
+    finally:
+        if lock.is_locked:
+            where.unlink(missing_ok=True)  # while it is held: nobody can have taken it by its name
+        lock.release()
 
 
-def _has_steps(cfg: RunConfig) -> bool:
+def _has_steps(cfg: RunConfig, mirror: storage.Mirror) -> bool:
     """Whether the run has come so far that its rows and logs are worth keeping."""
-    rows = records.read(cfg.metrics_path) if cfg.metrics_path.exists() else ()
+    mirror.take_rows()
+    rows = records.read(cfg.metrics_path, passed_over=log.debug) if cfg.metrics_path.exists() else ()
     return any(isinstance(row, StepRecord) for row in rows)
 
 

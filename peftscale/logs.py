@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 LEVELS = ("debug", "info", "warning", "error")
 _POLL_S = 0.2
-_BEGINS = re.compile(r"begins(?:, one of (\d+))?")
+_BEGINS = re.compile(r"begins(, one of \d+)?")
 _START_S = 600.0
 """Ranks of one group begin within it."""
 _ABOUT_OTHERS = re.compile(
@@ -161,15 +161,14 @@ def cause(directory: Path, gone: Collection[int] = ()) -> str | None:
         None where no rank wrote an error and none is known to be gone.
     """
     lines = read(directory)
-    begun: dict[int, LogLine] = {}
-    worlds: dict[str, str | None] = {}
-    for line in lines:
-        if begins := _BEGINS.fullmatch(line.message):
-            begun[line.rank], worlds[line.time] = line, begins[1]
-    last_begin = max(worlds, default="")
-    world = int(worlds.get(last_begin) or 1 + max(begun, default=0))
-    # A rank of a larger group that is gone has no place in the last one, or began long before.
-    of_last = [line for line in begun.values() if line.rank < world and _seconds(line.time, last_begin) < _START_S]
+    begun = {line.rank: line for line in lines if _BEGINS.fullmatch(line.message)}
+    last = max(begun.values(), key=lambda line: line.time, default=None)
+    # What has another number of ranks, or began long before, is of an earlier start.
+    of_last = [
+        line
+        for line in begun.values()
+        if last and line.message == last.message and _seconds(line.time, last.time) < _START_S
+    ]
     since = min((line.time for line in of_last), default="")
     failed = [line for line in lines if line.level == "error" and line.time >= since]
     own = [line for line in failed if not _ABOUT_OTHERS.search(line.message)]

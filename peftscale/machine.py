@@ -1,19 +1,16 @@
-"""The machine as this process may use it: CPUs, memory, shared memory, names of accelerators, locks of files.
+"""The machine as this process may use it: CPUs, memory, shared memory, names of accelerators.
 
 Asks the kernel, never torch, so that it can be asked anywhere. A container's limits count (cgroup v1 and v2): what the
 whole machine has is of no use to a process that is killed at a tenth of it. What fits is `plan`.
 """
 
-import errno
 import math
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-from filelock import FileLock
 
 _ROOT = Path("/")
 
@@ -22,33 +19,6 @@ def cache_dir() -> Path:
     """Where this package keeps what can be made again: $PEFTSCALE_CACHE, or a place in the user's cache directory."""
     root = os.environ.get("PEFTSCALE_CACHE")
     return Path(root) if root else Path.home() / ".cache" / "peftscale"
-
-
-@contextmanager
-def locked(file: str | Path, *, timeout_s: float = -1) -> Iterator[bool]:
-    """Hold the lock of a file, which the kernel lets go when this process dies.
-
-    Yields whether it is held: a file system without locks (Lustre that is mounted without them) has none to hold, and a
-    file that stands for one would outlive a process that is killed.
-
-    Args:
-        file: is made where it is not there.
-        timeout_s: how long another process is waited for; -1: as long as it takes.
-
-    Raises:
-        filelock.Timeout: another process holds it.
-        OSError: the file cannot be made.
-    """
-    lock = FileLock(file, timeout=timeout_s, fallback_to_soft=False)
-    try:
-        lock.acquire()
-    except OSError as error:
-        if error.errno != errno.ENOSYS:
-            raise
-    try:
-        yield lock.is_locked
-    finally:
-        lock.release()
 
 
 def num_cpus(root: Path = _ROOT) -> int:

@@ -21,6 +21,8 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from filelock import FileLock
+
 from peftscale import configio, machine
 from peftscale.config import RunConfig, is_url
 from peftscale.errors import CheckpointError, ConfigError
@@ -75,7 +77,8 @@ class Store:
             try:
                 shutil.copyfileobj(here, there, _BLOCK)
             except BaseException:
-                there.close()  # which keeps what has come so far, as the end of a `with` would
+                with suppress(OSError):
+                    there.close()  # which keeps what has come so far, as the end of a `with` would
                 with suppress(OSError):
                     self._fs.delete_file(self._path(name))
                 raise
@@ -141,7 +144,7 @@ class Mirror:
         if self._store is None:
             return
         self._here.parent.mkdir(parents=True, exist_ok=True)
-        with machine.locked(self._here.with_name(f".{self._here.name}.lock")):
+        with FileLock(self._here.with_name(f".{self._here.name}.lock")):
             self._pull(self._store)
         self._has_pulled = True
 
@@ -228,8 +231,13 @@ class Mirror:
             self._rows_at = float("inf")
 
     def follow(self) -> None:
+        """`take_rows`, at most every few seconds."""
+        if time.monotonic() - self._rows_at >= _READ_EVERY_S:
+            self.take_rows()
+
+    def take_rows(self) -> None:
         """Take over rows and logs of ranks on other machines, where these are longer there than here."""
-        if self._store is None or time.monotonic() - self._rows_at < _READ_EVERY_S:
+        if self._store is None:
             return
         self._rows_at = time.monotonic()
         here = _local_files(self._here)
@@ -290,7 +298,7 @@ def here(place: str | Path) -> Path:
         return Path(place).absolute()
     store, target = Store(str(place)), fetched(str(place))
     target.parent.mkdir(parents=True, exist_ok=True)
-    with machine.locked(f"{target}.lock"):  # the ranks of a node fetch it once after the other
+    with FileLock(f"{target}.lock"):  # the ranks of a node fetch it once after the other
         names = store.files()
         for name in names:
             store.read(name, target / name)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -152,7 +153,7 @@ def ensure(model_dir: Path, skeleton: Skeleton, *, quantization: Quantization, c
         return directory
     with writable(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with machine.locked(f"{directory}.lock"):
+        with FileLock(f"{directory}.lock"):
             if not (directory / MANIFEST).exists():
                 _clear(directory)
                 write(

@@ -57,9 +57,13 @@ class Job:
 
     @property
     def dns_name(self) -> str:
-        """The name as KubeRay, SkyPilot and Google Cloud take it: a letter first, then letters, digits and hyphens."""
-        name = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
-        return name if name[0].isalpha() else f"run-{name}"
+        """The name as KubeRay and Google Cloud take it: a letter first, then letters, digits and hyphens."""
+        return re.sub(r"[^a-z0-9]+", "-", self.lettered_name.lower()).strip("-")
+
+    @property
+    def lettered_name(self) -> str:
+        """The name with a letter in front, as SkyPilot takes it."""
+        return self.name if self.name[0].isalpha() else f"run-{self.name}"
 
     @property
     def within_hours(self) -> str:

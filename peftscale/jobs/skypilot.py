@@ -22,7 +22,7 @@ def render(job: Job) -> str:
     accelerators = {"accelerators": f"{job.deploy.gpu or job.misses('gpu')}:{job.gpus}"} if job.gpus else {}
     claim, nfs = job.shared.claim, job.shared.nfs
     task: dict[str, Any] = {
-        "name": job.dns_name,
+        "name": job.lettered_name,
         "num_nodes": job.num_nodes,
         "resources": {
             "image_id": f"docker:{job.image}",
@@ -39,10 +39,8 @@ def render(job: Job) -> str:
         "run": _script(job),
     }
     given = " ".join(f"--secret {secret}" for secret in secrets)
-    comment = (
-        f"{job.header}\n#   export RAY_AUTH_TOKEN=$(openssl rand -hex 32); sky launch -c {job.dns_name} {given} FILE\n"
-    )
-    return comment + dumped(task)
+    start = f"export RAY_AUTH_TOKEN=$(openssl rand -hex 32); sky launch -c {job.lettered_name} {given} FILE"
+    return f"{job.header}\n#   {start}\n" + dumped(task)
 
 
 def _script(job: Job) -> str:

@@ -33,7 +33,8 @@ class Hardware:
     link_gbytes_per_s: float = 0.0
     """Between devices of a node, one direction; 0 where it is not known."""
     network_gbytes_per_s: float = 0.0
-    """Into a node over all of its ports together; 0 where it is not known. Clusters differ more than devices do."""
+    """Into a node of eight devices over all of its ports together; 0 where it is not known. Clusters differ more than
+    devices do."""
     devices_per_node: int = 8
     network_ports: int = 1
     """Ports that the rate is of. A node of fewer devices is taken to have its part of them, at least one."""
@@ -69,6 +70,12 @@ class Hardware:
         """As `parse` reads it."""
         return f"{self.num_devices}x{self.name}" if self.num_devices > 1 else self.name
 
+    @property
+    def into_node_gbytes_per_s(self) -> float:
+        """`network_gbytes_per_s` of a node of `devices_per_node`."""
+        ports = max(1, self.network_ports * min(self.devices_per_node, 8) // 8)
+        return self.network_gbytes_per_s * ports / self.network_ports
+
     def ranks_per_node(self, world: int) -> int:
         """Of `world` ranks those that share a node; a machine without GPUs is one."""
         return min(world, self.devices_per_node) if self.kind == "cuda" else math.ceil(world / self.num_devices)
@@ -76,9 +83,7 @@ class Hardware:
     def with_nodes_of(self, node_ranks: int, *, world: int) -> Self:
         """The same, where so many of `world` ranks are known to share a node."""
         if self.kind == "cuda":
-            ports = max(1, min(self.network_ports, self.network_ports * node_ranks // self.devices_per_node))
-            network = self.network_gbytes_per_s * ports / self.network_ports
-            return replace(self, devices_per_node=node_ranks, network_ports=ports, network_gbytes_per_s=network)
+            return replace(self, devices_per_node=node_ranks)
         return replace(self, num_devices=max(1, world // node_ranks))
 
     def rank_bytes(self, world: int) -> int:
@@ -114,19 +119,18 @@ def detect(*, cuda: bool | None = None) -> Hardware:
             found = torch.cuda.get_device_properties(0)
             short = next((known for known in _CATALOGUE if known.split("-")[0] in found.name.replace(" ", "")), "")
             _, tflops, link, network, ports = _CATALOGUE.get(short, (0, 0.0, 0.0, 0.0, 1))
-            count = torch.cuda.device_count()
-            here = Hardware(
+            return Hardware(
                 name=found.name,
                 kind="cuda",
-                num_devices=count,
+                num_devices=torch.cuda.device_count(),
                 memory_bytes=found.total_memory,
                 peak_tflops=tflops,
                 link_gbytes_per_s=link,
                 network_gbytes_per_s=network,
+                devices_per_node=torch.cuda.device_count(),
                 network_ports=ports,
                 num_cores=machine.num_cpus(),
                 is_all=False,
             )
-            return here.with_nodes_of(count, world=count)
     memory = machine.memory_bytes()
     return Hardware(f"cpu-{round(memory / 1e9)}GB", "cpu", 1, memory, num_cores=machine.num_cpus(), is_all=False)

@@ -68,7 +68,7 @@ def of_step(facts: BaseFacts, hardware: Hardware, load: Load) -> Pace | None:
     if load.spans_nodes and not hardware.network_gbytes_per_s:
         return None
     flops = hardware.peak_tflops * 1e12 * FLOPS_REACHED
-    link, network = (1e9 * LINK_REACHED * x for x in (hardware.link_gbytes_per_s, hardware.network_gbytes_per_s))
+    link, network = (1e9 * LINK_REACHED * x for x in (hardware.link_gbytes_per_s, hardware.into_node_gbytes_per_s))
     each = token_flops(facts, decoder_part=load.decoder_part, checkpoints=load.checkpoints)
     head = next(math.prod(unit.dense[0].shape) for unit in facts.units if unit.kind == "head")
     gathered = load.within_bytes + load.between_bytes
@@ -126,5 +126,5 @@ def _assumptions(found: Pace | None, hardware: Hardware, load: Load) -> str:
     if load.within_bytes + load.reduced_bytes:
         parts.append(f"{LINK_REACHED:.0%} of {hardware.link_gbytes_per_s:g} GB/s between devices")
     if load.spans_nodes:
-        parts.append(f"{LINK_REACHED:.0%} of {hardware.network_gbytes_per_s:g} GB/s into a node")
+        parts.append(f"{LINK_REACHED:.0%} of {hardware.into_node_gbytes_per_s:g} GB/s into a node")
     return f"seconds assume {', '.join(parts)}; hours are those of training steps alone"

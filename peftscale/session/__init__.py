@@ -5,6 +5,7 @@ and when to stop is the caller's. Loading the base is `session.opening`. Checkpo
 `train.worker`.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
@@ -26,6 +27,8 @@ from peftscale.session.settings import ENDLESS, Settings, checked
 from peftscale.train import comm, evaluate, setup, step
 from peftscale.train.optim import AdapterOptimizer
 from peftscale.train.step import StepResult
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Base", "Batch", "Session", "StepResult", "load_base", "ranks"]
 
@@ -86,7 +89,10 @@ class Session:
             "microbatch_tokens": microbatch_tokens,
         }
         self._cfg = _same_on_every_rank(lambda: checked(Settings, "peftscale.Session", given))
-        comm.together(lambda: setup.verify_starts(self._cfg.adapters))
+        unverified = comm.together(lambda: setup.verify_starts(self._cfg.adapters))
+        if comm.rank() == 0:
+            for text in unverified:
+                log.warning(text)
         self.base = base
         self.cohort = build_cohort(self._cfg.adapters, base, seed=self._cfg.seed)
         """The adapters, by name."""

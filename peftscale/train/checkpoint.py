@@ -152,7 +152,7 @@ def write_(
         raise CheckpointError(
             f"checkpoint {target} cannot be written: {error.strerror or error}. It needs "
             f"{sum(map(len, files.values()))} bytes. The last good one is {last or 'none'}. "
-            f"Make room and {'go on with --resume' if last else 'start the run again'}."
+            f"Make room and go on with --resume{'' if last else ', from the first step'}."
         ) from error
     standing = newest_first(root)
     # One of a later step was passed over when the run went on, as it is damaged: it takes no good one's place.

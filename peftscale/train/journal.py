@@ -81,7 +81,7 @@ class Journal:
             except OSError as error:
                 raise CheckpointError(
                     f"{self._cfg.run_dir} cannot be written: {error.strerror or error}. What was saved before is kept; "
-                    f"make room and start the run again (with --resume {self._cfg.name} where it has a checkpoint)."
+                    f"make room and start the run again (with {self._cfg.going_on} where it has taken a step)."
                 ) from error
 
         comm.together(local)

@@ -474,6 +474,7 @@ def test_a_disk_that_is_full_at_the_first_checkpoint_costs_a_run_neither_its_row
     with commands.file_size_limit(2_500):  # room for rows
         full = commands.run("train", file)
     assert full.code == 2 and "step-2 cannot be written: File too large" in full.err, full.err
+    assert "The last good one is none. Make room and go on with --resume, from the first step." in full.err
     assert _steps(run_dir) == [1, 2]
     again = commands.run("train", file, "--resume", "tiny")
     assert again.code == 0, again.err
@@ -490,7 +491,7 @@ def test_metrics_that_cannot_be_written_end_the_run_at_its_next_checkpoint(place
     assert done.code == 2
     assert done.err == (
         f"{file}: {run_dir} cannot be written: File too large. What was saved before is kept; make room and start the "
-        f"run again (with --resume tiny where it has a checkpoint).\n"
+        f"run again (with --resume tiny where it has taken a step).\n"
     )
     assert (run_dir / "checkpoints" / "step-4").is_dir()
     done = commands.run("train", file, "--resume", "tiny")

@@ -13,9 +13,9 @@ from peftscale import logs
 ours, theirs = logging.getLogger("peftscale.base.load"), logging.getLogger("other")
 
 
-def _failed(directory: Path, rank: int, error: Exception, *, step: int = 3) -> None:
+def _failed(directory: Path, rank: int, error: Exception, *, step: int = 3, world: int | None = None) -> None:
     def fail() -> None:
-        with logs.kept(directory, rank) as book:
+        with logs.kept(directory, rank, world) as book:
             book.step = step
             raise error
 
@@ -49,15 +49,17 @@ def test_the_first_error_of_the_last_start_is_the_cause(tmp_path: Path) -> None:
     assert line.traceback is not None and "raise error\nMemoryError: no room" in line.traceback
 
 
-def test_a_rank_that_a_smaller_start_has_no_place_for_is_not_asked(tmp_path: Path) -> None:
-    """Two ranks, one of them lost, and the run goes on with one, all within minutes."""
-    with logs.kept(tmp_path, 1, 2):
-        _failed(tmp_path, 0, RuntimeError("Connection closed by peer"))
-        assert logs.cause(tmp_path) is not None
-        with logs.kept(tmp_path, 0, 1):
-            assert logs.cause(tmp_path) is None
-        _failed(tmp_path, 0, MemoryError("no room"))
-        assert logs.cause(tmp_path) == f"rank 0 on {socket.gethostname()} at step 3: MemoryError: no room"
+def test_a_rank_of_a_larger_start_is_not_asked_by_a_smaller_one(tmp_path: Path) -> None:
+    """Of three ranks one is lost, and the run goes on with two, all within minutes."""
+    for rank in (1, 2):
+        with logs.kept(tmp_path, rank, 3):
+            pass  # killed: no more words
+    _failed(tmp_path, 0, RuntimeError("Connection closed by peer"), world=3)
+    assert "rank 1 on" in str(logs.cause(tmp_path)) and "and rank 2 on" in str(logs.cause(tmp_path))
+    with logs.kept(tmp_path, 0, 2):  # the other one has not come so far
+        assert logs.cause(tmp_path) is None
+    _failed(tmp_path, 1, MemoryError("no room"), world=2)
+    assert logs.cause(tmp_path) == f"rank 1 on {socket.gethostname()} at step 3: MemoryError: no room"
 
 
 def test_of_ranks_that_only_miss_another_one_the_one_without_a_word_is_the_cause(tmp_path: Path) -> None:

@@ -202,11 +202,22 @@ def test_auto_crosses_no_network_where_a_node_has_one_rank_and_room_for_all() ->
 
 @pytest.mark.parametrize(("node_ranks", "expected"), [(1, 50.0), (4, 200.0), (8, 400.0), (16, 400.0)])
 def test_a_node_of_fewer_devices_has_its_part_of_the_ports(node_ranks: int, expected: float) -> None:
-    found = Hardware.parse("64xH100-80GB").with_nodes_of(node_ranks, world=64)
-    assert found.network_gbytes_per_s == expected
-    assert found.with_nodes_of(node_ranks, world=64) == found  # known twice, cut once
-    one_port = Hardware.parse("64xL40S-48GB")
-    assert one_port.with_nodes_of(node_ranks, world=64).network_gbytes_per_s == one_port.network_gbytes_per_s
+    seen_alone = replace(Hardware.parse("H100-80GB"), devices_per_node=1)  # by a rank that sees its own GPU only
+    for hardware in (Hardware.parse("64xH100-80GB"), seen_alone):
+        assert hardware.with_nodes_of(node_ranks, world=64).into_node_gbytes_per_s == expected
+    one_port = Hardware.parse("64xL40S-48GB").with_nodes_of(node_ranks, world=64)
+    assert one_port.into_node_gbytes_per_s == one_port.network_gbytes_per_s == 12.5
+
+
+def test_seconds_are_those_of_the_ports_that_a_small_node_has() -> None:
+    cfg = configio.load(PLANS / "llama-3.1-405b.yaml", ["base.sharding=world"])
+    eights = Hardware.parse("64xH100-80GB")
+    gather_s = [
+        plan.make(cfg, facts.load(cfg.base.model), of, world=64).gather_step_s
+        for of in (eights, eights.with_nodes_of(1, world=64))
+    ]
+    assert gather_s[0] is not None and gather_s[1] is not None
+    assert gather_s[1] > 7 * gather_s[0]
 
 
 def test_a_run_plans_with_the_nodes_that_it_finds_and_a_plan_with_those_of_the_run_file() -> None:
