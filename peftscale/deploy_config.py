@@ -85,7 +85,7 @@ class DeployConfig(Frozen):
     node_selector: dict[str, str] = Field(default_factory=dict)
     """Labels of the nodes that Kubernetes may choose."""
     hours: PositiveFloat | None = None
-    """The job is ended then, and goes on where it was when it is submitted again (torchrun's with `bash FILE --finish`).
+    """The job is ended then, and goes on where it was when it is submitted again; torchrun's with `bash FILE --finish`.
     Machines of a cloud stay until they are taken down. Not used by `peftscale submit`, whose job `--stop` ends."""
     secrets: tuple[str, ...] = ()
     """VARIABLE=SECRET/KEY: environment variable, and the Kubernetes secret that holds its value. slurm, skypilot,
