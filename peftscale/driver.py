@@ -289,6 +289,8 @@ def _alone(cfg: RunConfig) -> Iterator[bool]:
         if error.errno == errno.ENOSYS:
             log.warning("%s has no locks: nothing keeps another process from this run.", where.parent)
             where.unlink(missing_ok=True)
+        else:
+            log.debug("%s: no lock is held: %s", where, error)
     try:
         yield lock.is_locked
     finally:

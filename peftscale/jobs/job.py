@@ -66,11 +66,15 @@ class Job:
         return self.name if self.name[0].isalpha() else f"run-{self.name}"
 
     @property
+    def limit_s(self) -> int | None:
+        """cluster.deploy.hours in whole seconds, after which the job is ended; None where it has no limit."""
+        return math.ceil(self.deploy.hours * 3600) if self.deploy and self.deploy.hours else None
+
+    @property
     def within_hours(self) -> str:
-        """What stands in front of a command of the shell that is to be ended after cluster.deploy.hours. Ctrl-C first,
-        on which a run lets its workers go."""
-        hours = self.deploy.hours if self.deploy else None
-        return f"timeout --foreground --signal=INT --kill-after=60 {math.ceil(hours * 3600)} " if hours else ""
+        """What stands in front of a command of the shell that is to be ended after `limit_s`. Ctrl-C first, on which a
+        run lets its workers go."""
+        return f"timeout --foreground --signal=INT --kill-after=60 {self.limit_s} " if self.limit_s else ""
 
     @property
     def summary_path(self) -> str:

@@ -3,7 +3,6 @@
 Source: KubeRay's API reference for ray.io/v1 (1.5.1 or newer, for `authOptions`); Kueue's page on RayJobs.
 """
 
-import math
 from typing import Any
 
 from peftscale.errors import ConfigError
@@ -76,7 +75,7 @@ def _let_in(key: str, value: str, port: int) -> dict[str, Any]:
 
 def _ray_job(name: str, job: Job) -> dict[str, Any]:
     assert job.deploy is not None
-    queue, hours = job.deploy.queue, job.deploy.hours
+    queue = job.deploy.queue
     return {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
@@ -88,7 +87,7 @@ def _ray_job(name: str, job: Job) -> dict[str, Any]:
             **({"suspend": True} if queue else {}),  # Kueue lets it go when there is room for all pods
             "entrypoint": f"peftscale train {_RUN_FILE_DIR}/run.yaml --finish",
             "backoffLimit": job.retries,
-            **({"activeDeadlineSeconds": math.ceil(hours * 3600)} if hours else {}),
+            **({"activeDeadlineSeconds": job.limit_s} if job.limit_s else {}),
             "shutdownAfterJobFinishes": True,
             "submitterPodTemplate": _pod(name, job, "submitter", _SUBMITTER, is_ray=False),
             "rayClusterSpec": {

@@ -68,7 +68,7 @@ def render_slurm(job: Job) -> str:
         "mem": f"{job.memory_gb}G",
         **({"gpus-per-node": f"{job.deploy.gpu}:{job.gpus}" if job.deploy.gpu else job.gpus} if job.gpus else {}),
         **({"partition": job.deploy.queue} if job.deploy.queue else {}),
-        **({"time": math.ceil(job.deploy.hours * 60)} if job.deploy.hours else {}),
+        **({"time": math.ceil(job.limit_s / 60)} if job.limit_s else {}),
         "requeue": None,
         "open-mode": "append",
     }

@@ -182,18 +182,21 @@ def methods(study: Study, base: str, task: str) -> None:
     for setting, values in scores.items():
         study.row(where, setting, values, seconds=seconds / len(scores))
     for method in BASELINES:
-        scores[method] = _of_baseline(study, method, base, task)
+        rate = study.best_rate(method, base, task)
+        scores[method] = _of_baseline(study, method, base, task, rate=rate)
     for setting in ("prompt20", "prompt100", "prefix20", "lora"):
         study.gap_row(where, setting, zero, scores[setting], scores["full_finetuning"])
 
 
 def fine_tuning(study: Study, base: str, task: str) -> None:
     """Full fine-tuning alone."""
-    _of_baseline(study, "full_finetuning", base, task)
+    _of_baseline(study, "full_finetuning", base, task, rate=study.best_rate("full_finetuning", base, task))
 
 
-def _of_baseline(study: Study, method: str, base: str, task: str, longer: Section | None = None) -> list[float]:
-    values, total, rate = [], 0.0, study.best_rate(method, base, task)
+def _of_baseline(
+    study: Study, method: str, base: str, task: str, *, rate: float | None, longer: Section | None = None
+) -> list[float]:
+    values, total = [], 0.0
     for seed in SEEDS:
         of_seed, took = after(study.baseline(method, base, task, rate=rate, seed=seed, longer=longer))
         values += of_seed.values()
@@ -296,7 +299,8 @@ def tries(study: Study, base: str, task: str) -> None:
     }
     cfg = study.config("tries", base, task, adapters=cohort(**settings))
     found, seconds = after(cfg)
-    both = [_of_baseline(study, "full_finetuning", base, task, more) for more in (None, longer)]
+    rate = study.best_rate("full_finetuning", base, task)
+    both = [_of_baseline(study, "full_finetuning", base, task, rate=rate, longer=more) for more in (None, longer)]
     zero, full = untuned(cfg), max(both, key=statistics.fmean)
     for setting, values in by_setting(found):
         study.row(f"{base} {task}", setting, values, seconds=seconds / len(settings))
@@ -338,7 +342,7 @@ TEXT = "Read the text and say in one word what it is about and whether the write
 ADAMW: Section = {"optimizer": "adamw", "clip_norm": 1.0}
 BASELINES: dict[str, tuple[Section, list[float]]] = {
     "few_shot": ({"examples": 8, "calibrated": True}, []),
-    "lora": ({"rank": 8, "alpha": 16}, [3e-3, 1e-2]),
+    "lora": ({"rank": 8, "alpha": 16}, [3e-3, 1e-2, 3e-2]),
     "full_finetuning": ({}, [3e-4, 1e-3, 3e-3, 1e-2]),
 }
 """What each method does, and the rates of AdamW among which it is searched."""

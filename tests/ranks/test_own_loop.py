@@ -81,7 +81,8 @@ def test_a_session_gives_bitwise_the_losses_and_the_files_of_a_run(tmp_path: Pat
 
 
 def _disagree(cfg: RunConfig) -> list[Any]:
-    """What each rank is told when one has other texts, one has texts that cannot be used, and then all agree."""
+    """What each rank is told when one has another seed, another adapter, other texts, or what cannot be used; and then
+    all agree."""
     found: list[Any] = []
     session, rank = _open(cfg), comm.rank()
     lost = SoftPromptConfig(kind="prompt", length=5, init="adapter", init_adapter=Path("/nowhere"))

@@ -14,10 +14,6 @@ import commands
 import pytest
 import tiny
 
-from peftscale import records
-from peftscale.base import pack
-from peftscale.records import NoteRecord, StepRecord
-
 MODELS = tiny.QUICKSTART.parent / "models"
 
 
@@ -432,81 +428,3 @@ def test_more_cpus_than_there_are_is_refused_before_ray_is_imported(place: Place
     )
     assert (done.code, done.out) == (2, "False False\n")
     assert done.err.count("\n") == 1
-
-
-def _stopped_run(place: Place) -> tuple[Path, Path]:
-    """A run that was stopped between steps 2 and 4. Returns its run file and its directory."""
-    file = place.run_file()
-    assert commands.run("train", file).code == 0
-    run_dir = place.here / "runs" / "tiny"
-    shutil.rmtree(run_dir / "checkpoints" / "step-4")
-    (run_dir / "summary.json").unlink()
-    return file, run_dir
-
-
-def _steps(run_dir: Path) -> list[int]:
-    return [row.step for row in records.read(run_dir / "metrics.jsonl") if isinstance(row, StepRecord)]
-
-
-def test_a_full_disk_ends_the_run_with_its_directory_and_the_last_checkpoint_goes_on(place: Place) -> None:
-    """A real limit on the size of files, in a process of its own: no library adds a line of its own either."""
-    file, run_dir = _stopped_run(place)
-    before = _tree(run_dir / "checkpoints", run_dir / "adapters")
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
-    done = commands.run_alone("train", file, "--resume", "tiny", before=limit)
-    assert (done.code, done.out) == (2, "")
-    *progress, message = done.err.splitlines()
-    assert message.startswith(
-        f"{file}: checkpoint {run_dir}/checkpoints/step-4 cannot be written: File too large. It needs"
-    )
-    assert f"The last good one is {run_dir}/checkpoints/step-2. Make room and go on with --resume." in message
-    assert all(line.startswith(("note at step", "step ", "evaluation at step")) for line in progress), progress
-    assert _tree(run_dir / "checkpoints", run_dir / "adapters") == before
-    done = commands.run("train", file, "--resume", "tiny")
-    assert done.code == 0
-    assert "goes on from step-2" in done.err
-    assert _steps(run_dir) == [1, 2, 3, 4, 3, 4, 3, 4]
-
-
-def test_a_disk_that_is_full_at_the_first_checkpoint_costs_a_run_neither_its_rows_nor_its_name(place: Place) -> None:
-    file, run_dir = place.run_file(), place.here / "runs" / "tiny"
-    assert commands.run("train", file, "name=packs").code == 0
-    with commands.file_size_limit(2_500):  # room for rows
-        full = commands.run("train", file)
-    assert full.code == 2 and "step-2 cannot be written: File too large" in full.err, full.err
-    assert "The last good one is none. Make room and go on with --resume, from the first step." in full.err
-    assert _steps(run_dir) == [1, 2]
-    again = commands.run("train", file, "--resume", "tiny")
-    assert again.code == 0, again.err
-    assert _steps(run_dir)[-4:] == [1, 2, 3, 4]
-
-
-def test_metrics_that_cannot_be_written_end_the_run_at_its_next_checkpoint(place: Place) -> None:
-    file, run_dir = _stopped_run(place)
-    for number in range(1000):
-        records.append(run_dir / "metrics.jsonl", NoteRecord(step=2, text=f"long note {number:090}"))
-    size = (run_dir / "metrics.jsonl").stat().st_size
-    with commands.file_size_limit(size + 20):  # room for a checkpoint, and for a part of the next row
-        done = commands.run("train", file, "--resume", "tiny")
-    assert done.code == 2
-    assert done.err == (
-        f"{file}: {run_dir} cannot be written: File too large. What was saved before is kept; make room and start the "
-        f"run again (with --resume tiny where it has taken a step).\n"
-    )
-    assert (run_dir / "checkpoints" / "step-4").is_dir()
-    done = commands.run("train", file, "--resume", "tiny")
-    assert done.code == 0
-    assert "goes on from step-4" in done.err
-    assert _steps(run_dir) == [1, 2, 3, 4]  # readable: the row that was cut is gone
-
-
-def test_a_full_disk_while_packing_leaves_no_pack(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PEFTSCALE_CACHE", str(place.here / "cache"))
-    file = place.run_file()
-    with commands.file_size_limit(100_000):
-        done = commands.run("train", file)
-    assert done.code == 2
-    assert f"{file}: the packed base cannot be written to {place.here}/cache/packs/" in done.err
-    assert "File too large. Make room, or choose another place: the environment variable PEFTSCALE_CACHE" in done.err
-    assert not (place.here / "runs").exists()
-    assert [path.suffix for path in pack.cache_dir().iterdir()] == [".lock"]
