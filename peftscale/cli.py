@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -21,6 +21,7 @@ from peftscale.jobs import commands as clusters
 
 if TYPE_CHECKING:
     from peftscale.config import RunConfig
+    from peftscale.task_config import Split
 
 app = typer.Typer(
     add_completion=True,
@@ -35,6 +36,11 @@ app.add_typer(clusters.app)
 Adapters = Annotated[
     list[str] | None,
     typer.Option("--adapter", "-a", help="An adapter directory or URL; repeatable. Left out: the run's own best ones."),
+]
+
+SplitOption = Annotated[
+    str | None,
+    typer.Option("--split", help="train, validation or test. Left out: test, of tasks without one validation."),
 ]
 
 
@@ -124,9 +130,9 @@ def evaluate(
     adapter: Adapters = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(help="A task of the run file or catalogue, or a run file; repeatable. Left out: the adapters'."),
+        typer.Option(help="A task of the run file or catalogue, or a run file; repeatable. Left out: the run file's."),
     ] = None,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    split: SplitOption = None,
     ensemble: Annotated[
         bool, typer.Option("--ensemble", help="Let adapters of one task answer together too; on a --task all.")
     ] = False,
@@ -134,8 +140,9 @@ def evaluate(
 ) -> None:
     """Score every adapter, and the base without any, on every task, in the same passes. The base is loaded once."""
     from peftscale import configio, driver, report, selection
+    from peftscale.task_config import with_split
 
-    _refuse_other_split(split)
+    of_split = _split(split)
     cfg = configio.load(run_file, overrides or [])
     directories = selection.adapter_dirs(cfg, adapter)
     if ensemble and len(directories) < 2:
@@ -145,7 +152,8 @@ def evaluate(
     if ensemble:  # on a task that was named all of them, whatever they were trained on
         everyone = {of_task.name: range(len(directories)) for of_task in tasks}
         together = everyone if task else selection.ensembles(cfg, directories, tasks)
-    result = driver.evaluate(cfg, directories, tasks, split, together=together)
+    with_split(tasks, of_split, where="--split")
+    result = driver.evaluate(cfg, directories, tasks, of_split, together=together)
     for note in result["notes"]:
         report.note(note)
     if as_json:
@@ -187,7 +195,10 @@ def inspect(
     adapter: Annotated[Path, typer.Argument(help="An adapter directory.")],
     run_file: Annotated[Path | None, typer.Argument(help="A run file, for its base: read the prompt in words.")] = None,
     base: Annotated[str | None, typer.Option(help="The base in place of a run file: a directory or a hub id.")] = None,
-    neighbours: Annotated[int, typer.Option("--neighbours", "-k", min=2, help="Words for each virtual token.")] = 5,
+    neighbours: Annotated[
+        int | None,
+        typer.Option("--neighbours", "-k", min=2, max=100, help="Words for each virtual token. Left out: 5."),
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the prompt among its neighbours.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -195,7 +206,7 @@ def inspect(
     from peftscale import report
     from peftscale.adapters import files
 
-    if (run_file is None) == (base is None) and (run_file or png):
+    if (run_file is None) == (base is None) and (run_file or png or neighbours):
         raise ConfigError("inspect: what a prompt is near to takes its base from a run file or --base: name one.")
     found = files.describe(adapter).model_dump(mode="json")
     tables = [report.facts_table(str(adapter), found)]
@@ -205,7 +216,7 @@ def inspect(
 
         run = configio.load(run_file) if run_file is not None else None
         of_base = run.base if run is not None else reading.base_of(adapter, base or "")
-        read = reading.read(adapter, of_base, k=neighbours, run=run)
+        read = reading.read(adapter, of_base, k=neighbours or 5, run=run)
         if png is not None:
             picture.save(read, png, title=str(adapter))
         found["reading"] = read.to_json()
@@ -247,20 +258,23 @@ def transfer(
     seed: Annotated[
         list[int] | None, typer.Option(help="Train everything with this seed; repeatable. Left out: the run files'.")
     ] = None,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    split: SplitOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Train methods on one task, unless they are, and score them on others that they never saw."""
     from peftscale import configio, driver, report, selection
     from peftscale.analysis import transfer as study
+    from peftscale.task_config import with_split
 
-    _refuse_other_split(split)
+    of_split = _split(split)
     overrides = [word for word in run_files if "=" in word and not Path(word).is_file()]
     runs = [configio.load(path, overrides) for path in run_files if path not in overrides]
     if not runs:
         raise ConfigError("transfer: no run file given.")
     targets = selection.tasks_for(runs[0], [], to, option="--to")
-    found = study.study(study.members(runs, seed or []), targets, split, train=driver.finished, score=driver.evaluate)
+    members = study.members(runs, seed or [])
+    with_split([*targets, *(member.task for member in members)], of_split, where="--split")
+    found = study.study(members, targets, of_split, train=driver.finished, score=driver.evaluate)
     for note in found["notes"]:
         report.note(note)
     if as_json:
@@ -411,9 +425,10 @@ def _run() -> int:
     return 0
 
 
-def _refuse_other_split(split: str) -> None:
-    if split not in ("train", "validation", "test"):
-        raise ConfigError(f"--split: must be train, validation or test, got {split!r}")
+def _split(word: str | None) -> "Split | None":
+    if word not in (None, "train", "validation", "test"):
+        raise ConfigError(f"--split: must be train, validation or test, got {word!r}")
+    return cast("Split | None", word)
 
 
 def _lora_targets(cfg: "RunConfig", model_type: str) -> Sequence[str]:

@@ -34,6 +34,7 @@ from peftscale import (
 from peftscale.config import RunConfig, TaskConfig
 from peftscale.errors import CheckpointError, ClusterError, ConfigError, PeftscaleError, TrainingError
 from peftscale.records import NoteRecord, Record, RunSummary, StepRecord
+from peftscale.task_config import Split
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ def evaluate(
     cfg: RunConfig,
     directories: Sequence[Path],
     tasks: Sequence[TaskConfig],
-    split: str,
+    split: Split | None,
     *,
     together: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> dict[str, Any]:

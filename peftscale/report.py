@@ -73,24 +73,25 @@ def summary_table(summary: RunSummary) -> Table:
 def scores_table(result: Mapping[str, Any]) -> Table:
     """`evaluate`: the base alone, each adapter, and those of them together, on every metric of every task."""
     tasks = result["tasks"]
-    sizes = ", ".join(f"{name} {of_task['examples']}" for name, of_task in tasks.items())
-    table = Table(title=f"{result['split']} split, examples: {sizes}")
+    sizes = ", ".join(f"{name} {of_task['examples']} ({of_task['split']})" for name, of_task in tasks.items())
+    table = Table(title=f"examples: {sizes}")
     table.add_column("adapter", overflow="fold")
     for name, of_task in tasks.items():
         for metric in next(iter(of_task["adapters"].values()))["metrics"]:
             table.add_column(f"{name}\n{metric}" if len(tasks) > 1 else metric)
-    rows: dict[str, list[Mapping[str, float]]] = {}
+    rows: dict[str, list[Mapping[str, float | None]]] = {}
     for of_task in tasks.values():
         if "base" in of_task:
             rows.setdefault("(base alone)", []).append(of_task["base"])
         for name, scored in of_task["adapters"].items():
             rows.setdefault(name, []).append(scored["metrics"])
-        if any("ensemble" in one for one in tasks.values()):
-            nothing = dict.fromkeys(of_task["base"], float("nan"))
-            for way in ("average", "best", "vote", "likelihood"):
+        for way in ("average", "best", "vote", "likelihood"):
+            if any(way in one.get("ensemble", {}) for one in tasks.values()):
+                nothing = dict.fromkeys(of_task["base"])
                 rows.setdefault(f"({way})", []).append(of_task.get("ensemble", {}).get(way, nothing))
     for name, of_tasks in rows.items():
-        table.add_row(name, *(f"{value:.4f}" for metrics in of_tasks for value in metrics.values()))
+        values = (value for metrics in of_tasks for value in metrics.values())
+        table.add_row(name, *("" if value is None else f"{value:.4f}" for value in values))
     return table
 
 
@@ -99,17 +100,18 @@ def scores_json(result: Mapping[str, Any]) -> Mapping[str, Any]:
     if len(result["tasks"]) > 1:
         return result
     (name, of_task) = next(iter(result["tasks"].items()))
-    return {"split": result["split"], "task": name, **of_task, "notes": result["notes"]}
+    return {"task": name, **of_task, "notes": result["notes"]}
 
 
 def transfer_table(result: Mapping[str, Any]) -> Table:
-    """`transfer`: a row a method, a column a task; of tasks that were not trained on the difference too."""
+    """`transfer`: a row a method, a column a task; of tasks that were not trained on the difference too. The base
+    alone stands in each cell, as methods may have different bases."""
     percent = f"{result['confidence']:.0%}"
-    table = Table(title=f"{result['split']} split: mean, deviation and {percent} interval over seeds", show_lines=True)
+    table = Table(title=f"mean, deviation and {percent} interval over seeds", show_lines=True)
     table.add_column("method")
-    tasks = list(dict.fromkeys(task for of_method in result["methods"].values() for task in of_method["tasks"]))
-    for task in tasks:
-        table.add_column(task)
+    tasks = {task: on["split"] for of_method in result["methods"].values() for task, on in of_method["tasks"].items()}
+    for task, split in tasks.items():
+        table.add_column(f"{task}\n{split} split")
     for name, of_method in result["methods"].items():
         cells = []
         for task in tasks:
@@ -117,9 +119,10 @@ def transfer_table(result: Mapping[str, Any]) -> Table:
             if found is None:
                 cells.append("")
                 continue
-            where = "trained on" if task == of_method["task"] else "difference not known: other metric"
+            where = "trained on" if task == of_method["task"] else "difference not known: no metric of both"
             shift = f"difference {_band(found['shift'], '+')}" if found["shift"] else where
-            cells.append(f"{found['metric']} {_band(found)}\n{shift}")
+            alone = "" if found["untuned"] is None else f"\nbase alone {found['untuned']:.4f}"
+            cells.append(f"{found['metric']} {_band(found)}\n{shift}{alone}")
         table.add_row(f"{name}\n{len(of_method['seeds'])} seed(s)", *cells)
     return table
 
@@ -152,12 +155,15 @@ def reading_tables(reading: Mapping[str, Any]) -> list[Table]:
             layers.add_row(str(layer["layer"]), f"{layer['keys']:.4f}", f"{layer['values']:.4f}")
         return [layers]
     tokens = Table(title="virtual tokens and their nearest words by cosine")
-    for column in ("", "norm", "start", "moved", "neighbours"):
+    for column in ("", "norm", "start", "moved", "neighbours", "forms of one word"):
         tokens.add_column(column, overflow="fold")
     for token in reading["tokens"]:
         near = "  ".join(f"{one['text']!r} {one['cosine']:.2f}" for one in token["neighbours"])
-        came = (repr(token["start"]), f"{token['moved']:.3f}") if "start" in token else ("", "")
-        tokens.add_row(str(token["token"]), f"{token['norm']:.3f}", *came, Text(near))
+        came = ("", "")
+        if "start" in token:
+            came = (f"{token['start']!r} {token['start_cosine']:.2f}", f"{token['moved']:.3f}")
+        family = "  ".join(map(repr, token["family"])) if len(token["family"]) > 1 else ""
+        tokens.add_row(str(token["token"]), f"{token['norm']:.3f}", *map(Text, (*came, near, family)))
     whole = Table(title="the prompt beside random rows of equal norms")
     for column in ("", "prompt", "random"):
         whole.add_column(column, overflow="fold")

@@ -17,14 +17,20 @@ def adapter_dirs(cfg: RunConfig, given: Sequence[str] | None) -> list[Path]:
 
     Raises:
         AdapterError: none was named and the run has none.
-        ConfigError: several were named, and the run's method is a baseline; or prompt design, which keeps no state.
+        ConfigError: one was named twice; several were, and the run's method is a baseline; or prompt design, which
+            keeps no state.
     """
     if cfg.method == "few_shot":
         raise ConfigError("method: 'few_shot' trains nothing that could be used again; `peftscale train` scores it.")
     if given and len(given) > 1 and cfg.method != "adapters":
         raise ConfigError(f"--adapter: method={cfg.method} is scored one state at a time, got {len(given)}.")
     if given:
-        return [storage.here(place) for place in given]
+        named = [storage.here(place) for place in given]
+        places = [path.resolve() for path in named]
+        again = [path for i, path in enumerate(named) if places[i] in places[:i]]
+        if again:
+            raise ConfigError(f"--adapter: {again[0]} is named twice. Leave one out.")
+        return named
     if cfg.method == "adapters":
         adapters_dir = storage.here(f"{cfg.run_url}/adapters") if cfg.run_url else cfg.adapters_dir
         kind, found = "adapter", [adapters_dir / name / "best" for name in cfg.adapters]
@@ -55,14 +61,27 @@ def with_task_of(cfg: RunConfig, directories: Sequence[Path]) -> RunConfig:
 
 def _tasks_of(cfg: RunConfig, directory: Path) -> tuple[TaskConfig, ...]:
     """What an adapter was trained on, its own task first, where it is the run's own; else the run's task."""
-    name = directory.parent.name
+    return cfg.adapter_tasks(directory.parent.name) if _is_own(cfg, directory) else (cfg.task,)
+
+
+def _is_own(cfg: RunConfig, directory: Path) -> bool:
     own = storage.fetched(f"{cfg.run_url}/adapters") if cfg.run_url else cfg.adapters_dir
-    is_own = directory.parent.parent == own and name in cfg.adapters
-    return cfg.adapter_tasks(name) if is_own else (cfg.task,)
+    return directory.parent.parent == own and directory.parent.name in cfg.adapters
+
+
+def _names_of_tasks(cfg: RunConfig, directory: Path) -> list[str]:
+    """The same of an adapter of any run, by what peftscale.json says; of PEFT's own, which has none, the run's task."""
+    from peftscale.adapters import files
+
+    manifest = None if _is_own(cfg, directory) else files.read(directory).manifest
+    if manifest is None or manifest.task is None:
+        return [task.name for task in _tasks_of(cfg, directory)]
+    return [task.name for task in (manifest.task, *manifest.more_tasks)]
 
 
 def tasks_for(cfg: RunConfig, directories: Sequence[Path], given: Sequence[str], *, option: str) -> list[TaskConfig]:
-    """The tasks that adapters are evaluated on: those that were named, else the adapters' own.
+    """The tasks that adapters are evaluated on: those that were named, else those of the run's own adapters, and the
+    run's task for adapters from elsewhere.
 
     Args:
         cfg: the run file.
@@ -107,8 +126,8 @@ def ensembles(cfg: RunConfig, directories: Sequence[Path], tasks: Sequence[TaskC
     Raises:
         ConfigError: no two adapters have a task in common.
     """
-    own = [_tasks_of(cfg, path) for path in directories]
-    found = {task.name: [place for place, of_one in enumerate(own) if task in of_one] for task in tasks}
+    trained_on = [_names_of_tasks(cfg, path) for path in directories]
+    found = {task.name: [place for place, of_one in enumerate(trained_on) if task.name in of_one] for task in tasks}
     several = {name: places for name, places in found.items() if len(places) > 1}
     if not several:
         raise ConfigError(

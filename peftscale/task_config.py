@@ -13,6 +13,7 @@ from pydantic import Field, PositiveInt, model_validator
 from peftscale.errors import ConfigError
 from peftscale.train_config import Frozen
 
+Split = Literal["train", "validation", "test"]
 LabelMetric = Literal["accuracy", "f1", "macro_f1", "group_exact_match"]
 TextMetric = Literal["squad_f1", "squad_exact_match", "referent_accuracy", "bleu"]
 Metric = Literal[LabelMetric, TextMetric, "exact_match", "mean"]
@@ -130,6 +131,31 @@ class TaskConfig(Frozen):
         if len(set(self.metrics)) != len(self.metrics) or ("mean" in self.metrics and len(self.metrics) < 3):
             raise ValueError(f"metrics: each once, and mean beside two others at least; got {', '.join(self.metrics)}")
         return self
+
+    @property
+    def reported_split(self) -> Split:
+        """What results are given on: the test split where there is one."""
+        data = self.files or self.hub
+        return "test" if data is not None and data.test is not None else "validation"
+
+
+def with_split(tasks: Iterable[TaskConfig], split: Split | None, *, where: str) -> None:
+    """Refuse tasks that lack a split.
+
+    Args:
+        tasks: to be scored.
+        split: None where each is scored on its `reported_split`.
+        where: it was given, for the message.
+
+    Raises:
+        ConfigError: `split` is "test" and a task has none.
+    """
+    lacking = [task.name for task in tasks if split == "test" and task.reported_split != "test"]
+    if lacking:
+        raise ConfigError(
+            f"{where} test: task {lacking[0]} has no test split. Give task.files.test or task.hub.test, or leave "
+            f"{where} out: then tasks without one are scored on validation."
+        )
 
 
 def told_apart(tasks: Iterable[TaskConfig], *, where: str) -> list[TaskConfig]:

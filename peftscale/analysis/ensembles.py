@@ -18,19 +18,24 @@ from peftscale.train.evaluate import Evaluation, likeliest
 Answer = TypeVar("Answer")
 
 
-def votes(answers_NE: Sequence[Sequence[Answer]]) -> tuple[Answer, ...]:
-    """The most frequent answer to each example; of equally frequent ones that of the adapter that comes first."""
-    return tuple(Counter(of_example).most_common(1)[0][0] for of_example in zip(*answers_NE, strict=True))
+def votes(answers_NE: Sequence[Sequence[Answer]]) -> list[list[Answer]]:
+    """The most frequent answers to each example: several where they are equally frequent, in the adapters' order."""
+    found = []
+    for of_example in zip(*answers_NE, strict=True):
+        counts = Counter(of_example)
+        found.append([answer for answer, num in counts.items() if num == max(counts.values())])
+    return found
 
 
-def likeliest_on_average(likelihoods_NEC: Sequence[Sequence[Sequence[float]]]) -> tuple[int, ...]:
-    """The label whose probability is the highest in the mean over adapters, for each example.
+def mean_probabilities(likelihoods_NEC: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
+    """(E, C): the mean over adapters of each label's probability.
 
     Args:
         likelihoods_NEC: log-likelihoods of label words, in nats. Those of one adapter are normalised over the labels
             first, so that one under which all label words are unlikely counts as much as the others.
     """
-    return tuple(map(likeliest, softmax(likelihoods_NEC, axis=-1).mean(axis=0).tolist()))
+    means: list[list[float]] = softmax(likelihoods_NEC, axis=-1).mean(axis=0).tolist()
+    return means
 
 
 def scores(
@@ -45,16 +50,21 @@ def scores(
     Returns:
         {"size", "average", "best", "vote", "likelihood"}: number of adapters, then metrics: their mean over adapters,
         their highest (on these very examples, so an upper end), those of the vote, and those of the mean likelihood,
-        which is left out where texts are generated.
+        which is left out where texts are generated. Votes that are equally many are decided by the mean likelihood,
+        between texts by the adapter that comes first.
     """
     metrics = list(results[0].metrics)
     answers: list[Any] = [one.predictions for one in results]  # labels of all of them or texts of all of them
+    means_EC = mean_probabilities([one.likelihoods for one in results]) if results[0].likelihoods else []
+    voted: list[Any] = [most[0] for most in votes(answers)]
+    if means_EC:
+        voted = [max(most, key=means_C.__getitem__) for most, means_C in zip(votes(answers), means_EC, strict=True)]
     found: dict[str, Any] = {
         "size": len(results),
         "average": {metric: sum(one.metrics[metric] for one in results) / len(results) for metric in metrics},
         "best": {metric: max(one.metrics[metric] for one in results) for metric in metrics},
-        "vote": dict(score(votes(answers))),
+        "vote": dict(score(tuple(voted))),
     }
-    if results[0].likelihoods:
-        found["likelihood"] = dict(score(likeliest_on_average([one.likelihoods for one in results])))
+    if means_EC:
+        found["likelihood"] = dict(score(tuple(map(likeliest, means_EC))))
     return found

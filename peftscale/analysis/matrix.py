@@ -10,7 +10,7 @@ from typing import Any
 
 from peftscale.analysis import ensembles
 from peftscale.config import RunConfig, TaskConfig
-from peftscale.data.rows import Split
+from peftscale.task_config import Split
 from peftscale.train import evaluate, use
 from peftscale.train.evaluate import BASE_ALONE
 
@@ -19,7 +19,7 @@ def scores(
     cfg: RunConfig,
     directories: Sequence[Path],
     tasks: Sequence[TaskConfig],
-    split: Split,
+    split: Split | None,
     *,
     together: Mapping[str, Sequence[int]],
 ) -> dict[str, Any]:
@@ -29,10 +29,11 @@ def scores(
         cfg: of the base and the passes; its own tasks do not count.
         directories: of the adapters; where the run's method is a baseline, the one of its state.
         tasks: of different names.
+        split: None for the one that each task reports on.
         together: name of a task -> places in `directories` of the adapters that answer together on it too.
 
     Returns:
-        {"split", "tasks": {name: {"examples", "base": metrics, "adapters": {directory: {"metrics", "predictions"}}}},
+        {"tasks": {name: {"split", "examples", "base": metrics, "adapters": {directory: {"metrics", "predictions"}}}},
         "notes"}; `predictions` are labels or texts in the split's order. A baseline has no "base". A task of
         `together` has "ensemble", as `ensembles.scores` gives it.
     """
@@ -49,6 +50,7 @@ def scores(
         cell, by_name = of_task[0][0], dict(zip(names, (result for _, result in of_task), strict=True))
         alone = by_name.pop(BASE_ALONE, None)
         by_task[task.name] = {
+            "split": split or task.reported_split,
             "examples": len(cell.examples),
             **({} if alone is None else {"base": alone.metrics}),
             "adapters": {
@@ -59,4 +61,4 @@ def scores(
         if task.name in together:
             members = [by_name[str(directories[place])] for place in together[task.name]]
             by_task[task.name]["ensemble"] = ensembles.scores(members, partial(evaluate.score, cell))
-    return {"split": split, "tasks": by_task, "notes": found.notes}
+    return {"tasks": by_task, "notes": found.notes}

@@ -38,6 +38,8 @@ class Rows:
     ids_PK: Tensor
     cosines_PK: Tensor
     texts_PK: list[list[str]]
+    families_P: list[list[str]]
+    """Of each row the largest group of forms of one word among its neighbours; of one text where there is none."""
     summary: dict[str, Any]
 
 
@@ -49,13 +51,16 @@ class Reading:
     prompt: Rows
     control: Rows
     start_PH: Tensor | None
-    start_ids_P: Tensor | None
-    """The token nearest to each row of the start."""
+    start_words: tuple[Tensor, Tensor] | None
+    """The token nearest to each row of the start, and its cosine with it, (P, 1) each."""
     labels: dict[str, str]
     notes: list[str]
 
     def to_json(self) -> dict[str, Any]:
-        """{"tokens": one entry a virtual token, "prompt" and "control": what `summary` says, "notes"}."""
+        """{"tokens": one entry a virtual token, "prompt" and "control": what `summary` says, "notes"}.
+
+        A token's `start` is the word nearest to where it started, `start_cosine` the cosine of the two.
+        """
         tokens = []
         for row, texts in enumerate(self.prompt.texts_PK):
             values_H = self.prompt.rows_PH[row]
@@ -68,9 +73,11 @@ class Reading:
                         self.prompt.ids_PK[row], texts, self.prompt.cosines_PK[row], strict=True
                     )
                 ],
+                "family": self.prompt.families_P[row],
             }
-            if self.start_PH is not None and self.start_ids_P is not None:
-                token["start"] = self.vocabulary.words([int(self.start_ids_P[row])])[0]
+            if self.start_PH is not None and self.start_words is not None:
+                (number,), (cosine,) = (found_P1[row].tolist() for found_P1 in self.start_words)
+                token |= {"start": self.vocabulary.words([number])[0], "start_cosine": round(cosine, 6)}
                 token["moved"] = float((values_H - self.start_PH[row]).norm())
             tokens.append(token)
         return {
@@ -157,31 +164,30 @@ def beside(
     notes: list[str],
 ) -> Reading:
     """Rows, and random ones of equal norms, beside a vocabulary."""
-    start_ids_P = None
-    if start_PH is not None:
-        start_ids_P = neighbours.nearest(start_PH, vocabulary.table_VH, k=1)[0][:, 0]
+    start_words = None if start_PH is None else neighbours.nearest(start_PH, vocabulary.table_VH, k=1)
 
     def rows(values_PH: Tensor) -> Rows:
         ids_PK, cosines_PK = neighbours.nearest(values_PH, vocabulary.table_VH, k=k)
         texts_PK = [vocabulary.words(ids) for ids in ids_PK.tolist()]
+        families_P = [neighbours.family(texts) for texts in texts_PK]
         found: dict[str, Any] = {
             "norm": float(values_PH.norm(dim=1).mean()),
             "nearest_cosine": float(cosines_PK[:, 0].mean()),
             "tightness": float(neighbours.tightness(ids_PK, vocabulary.table_VH).mean()),
-            "families": _share([len(neighbours.family(texts)) > 1 for texts in texts_PK]),
+            "families": _share([len(family) > 1 for family in families_P]),
             "recurring": neighbours.recurring(texts_PK),
         }
         if labels:
             near = {name: neighbours.rows_near(_words_of(text, vocabulary), texts_PK) for name, text in labels.items()}
             found |= {"labels": near, "labels_found": _share([bool(places) for places in near.values()])}
-        if start_PH is not None and start_ids_P is not None:
-            found["start_kept"] = float((ids_PK == start_ids_P[:, None]).any(dim=1).float().mean())
+        if start_PH is not None and start_words is not None:
+            found["start_kept"] = float((ids_PK == start_words[0]).any(dim=1).float().mean())
             found["moved"] = float((values_PH - start_PH).norm(dim=1).mean())
             found["start_cosine"] = float(cosine_similarity(values_PH, start_PH).mean())
-        return Rows(values_PH, ids_PK, cosines_PK, texts_PK, found)
+        return Rows(values_PH, ids_PK, cosines_PK, texts_PK, families_P, found)
 
     control_PH = neighbours.random_rows_like(rows_PH, seed=CONTROL_SEED)
-    return Reading(vocabulary, rows(rows_PH), rows(control_PH), start_PH, start_ids_P, labels, notes)
+    return Reading(vocabulary, rows(rows_PH), rows(control_PH), start_PH, start_words, labels, notes)
 
 
 def start_of(manifest: Manifest, vocabulary: Vocabulary) -> tuple[Tensor | None, str]:

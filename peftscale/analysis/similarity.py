@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from peftscale.adapters import files, peft_format
 from peftscale.adapters.files import Contents
-from peftscale.errors import AdapterError
+from peftscale.errors import AdapterError, ConfigError
 
 
 def of_mean_tokens(one_PW: Tensor, other_QW: Tensor) -> float:
@@ -41,7 +41,10 @@ def rank(directory: Path, library: Path) -> dict[str, Any]:
 
     Raises:
         AdapterError: the adapter cannot be read, or nothing in the library can be compared with it.
+        ConfigError: the library is no directory.
     """
+    if not library.is_dir():
+        raise ConfigError(f"{library}: no such directory. Name one that has adapters somewhere below it.")
     own = files.read(directory)
     rows: list[dict[str, Any]] = []
     notes: list[str] = []

@@ -16,12 +16,12 @@ from scipy import stats
 from peftscale.config import RunConfig, TaskConfig
 from peftscale.errors import ConfigError
 from peftscale.records import RunSummary
-from peftscale.task_config import told_apart
+from peftscale.task_config import Split, told_apart
 
 CONFIDENCE = 0.95
 
 Train = Callable[[RunConfig], RunSummary]
-Score = Callable[[RunConfig, Sequence[Path], Sequence[TaskConfig], str], dict[str, Any]]
+Score = Callable[[RunConfig, Sequence[Path], Sequence[TaskConfig], Split | None], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def members(runs: Sequence[RunConfig], seeds: Sequence[int]) -> list[Member]:
             what they are.
 
     Raises:
-        ConfigError: two runs of one name, a seed given twice, or a run that trains nothing.
+        ConfigError: two runs of one name, a seed given twice or below 0, or a run that trains nothing.
     """
     twice = _twice([run.name for run in runs])
     if twice:
@@ -57,6 +57,8 @@ def members(runs: Sequence[RunConfig], seeds: Sequence[int]) -> list[Member]:
     again = _twice(seeds)
     if again:
         raise ConfigError(f"--seed {again[0]}: given twice; a band is over seeds that differ. Leave one out.")
+    if min(seeds, default=0) < 0:
+        raise ConfigError(f"--seed {min(seeds)}: must be 0 or more.")
     found: list[Member] = []
     for run in runs:
         if run.method == "few_shot":
@@ -76,26 +78,34 @@ def members(runs: Sequence[RunConfig], seeds: Sequence[int]) -> list[Member]:
 
 
 def study(
-    found: Sequence[Member], targets: Sequence[TaskConfig], split: str, *, train: Train, score: Score
+    found: Sequence[Member], targets: Sequence[TaskConfig], split: Split | None, *, train: Train, score: Score
 ) -> dict[str, Any]:
     """Train what is not trained yet, score its best state on its own task and on every target, and sum up.
 
     Args:
         found: of `members`.
         targets: tasks that nothing is trained on.
-        split: to score on.
+        split: to score on; None for the one that each task reports on.
         train: trains a run, or hands back what it gave if it has ended already.
         score: the driver's `evaluate`.
 
     Returns:
-        {"split", "confidence", "methods": {name: {"task", "seeds", "tasks": {task: {"metric", "values", "mean",
-        "deviation", "low", "high", "shift"}}}}, "notes"}; `shift` is the same band for the difference to the own task,
-        seed by seed, where both have the same first metric. Bands of one seed have no deviation and no ends.
+        {"confidence", "methods": {name: {"task", "seeds", "tasks": {task: {"split", "metric", "values", "mean",
+        "deviation", "low", "high", "shift", "untuned"}}}}, "notes"}. The metric is the first of the method's own task
+        that the other task has too; `shift` is the same band for the difference to the own task, seed by seed, None
+        where there is no such metric, and then the metric is the other task's first. `untuned` is the base alone, None
+        beside a baseline. Bands of one seed have no deviation and no ends.
 
     Raises:
-        ConfigError: two different tasks of one name, or something is trained on a target beside its own task.
+        ConfigError: two different tasks of one name, something is trained on a target beside its own task, or nothing
+            is left that any method has not seen.
     """
     told_apart((*(member.task for member in found), *targets), where="task.name")
+    if all(member.task == target for member in found for target in targets):
+        raise ConfigError(
+            f"--to {targets[0].name}: all methods are trained on it, and it is to be a task that they never saw. Name "
+            f"another."
+        )
     for member in found:
         seen = [task.name for task in targets if task in member.more_tasks]
         if seen:
@@ -105,6 +115,7 @@ def study(
             )
     runs = list({member.run.name: member.run for member in found}.values())
     scores: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    untuned: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     notes: list[str] = []
     for run in runs:
         of_run = [member for member in found if member.run is run]
@@ -116,19 +127,21 @@ def study(
         for task_name, of_task in result["tasks"].items():
             for place, name in places.items():
                 scores.setdefault((run.name, name), {})[task_name] = of_task["adapters"][str(place)]["metrics"]
+                untuned.setdefault((run.name, name), {})[task_name] = of_task.get("base", {})
     methods: dict[str, Any] = {}
     for method in dict.fromkeys(member.method for member in found):
         of_method = [member for member in found if member.method == method]
-        own = of_method[0].task
+        own, keys = of_method[0].task, [(member.run.name, member.name) for member in of_method]
         methods[method] = {
             "task": own.name,
             "seeds": [member.seed for member in of_method],
             "tasks": {
-                task.name: _on(task, own, [scores[member.run.name, member.name] for member in of_method])
+                task.name: {"split": split or task.reported_split}
+                | _on(task, own, [scores[key] for key in keys], untuned[keys[0]][task.name])
                 for task in (own, *(target for target in targets if target != own))
             },
         }
-    return {"split": split, "confidence": CONFIDENCE, "methods": methods, "notes": notes}
+    return {"confidence": CONFIDENCE, "methods": methods, "notes": notes}
 
 
 def band(values: Sequence[float], *, confidence: float = CONFIDENCE) -> dict[str, float | None]:
@@ -145,12 +158,20 @@ def band(values: Sequence[float], *, confidence: float = CONFIDENCE) -> dict[str
     return {"mean": mean, "deviation": deviation, "low": mean - reach, "high": mean + reach}
 
 
-def _on(task: TaskConfig, own: TaskConfig, scores: Sequence[dict[str, dict[str, float]]]) -> dict[str, Any]:
+def _on(
+    task: TaskConfig, own: TaskConfig, scores: Sequence[dict[str, dict[str, float]]], untuned: dict[str, float]
+) -> dict[str, Any]:
     """One method on one task."""
-    metric = task.metrics[0]
+    metric = next((metric for metric in own.metrics if metric in task.metrics), task.metrics[0])
     values = [of_seed[task.name][metric] for of_seed in scores]
-    found: dict[str, Any] = {"metric": metric, "values": values, **band(values), "shift": None}
-    if task != own and own.metrics[0] == metric:
+    found: dict[str, Any] = {
+        "metric": metric,
+        "values": values,
+        **band(values),
+        "shift": None,
+        "untuned": untuned.get(metric),
+    }
+    if task != own and metric in own.metrics:
         at_home = [of_seed[own.name][metric] for of_seed in scores]
         found["shift"] = band([away - home for away, home in zip(values, at_home, strict=True)])
     return found
@@ -168,11 +189,16 @@ def _with_seed(run: RunConfig, seed: int) -> RunConfig:
 def _cohort(run: RunConfig, seeds: Sequence[int]) -> tuple[RunConfig, dict[str, str]]:
     """A run with all of its adapters at all seeds, and which method each is: alike but for the seed."""
     made, settings = {}, {}
+    alike_but_for_seeds: set[str] = set()
     for name, adapter in run.adapters.items():
+        alike = adapter.model_dump_json(exclude={"seed"})
+        if seeds and alike in alike_but_for_seeds:
+            continue  # the run file's own seeds of one setting, in whose place `seeds` are
+        alike_but_for_seeds.add(alike)
         for seed in seeds or (run.adapter_seed(name),):
             new = f"{name}-s{seed}" if seeds else name
             made[new] = adapter.model_copy(update={"seed": seed})
-            settings[new] = (name if seeds else "", adapter.model_dump_json(exclude={"seed"}))
+            settings[new] = (name if seeds else "", alike)
     first = {alike: name for name, alike in reversed(settings.items())}
     methods = {name: run.name if len(first) == 1 else f"{run.name}/{first[alike]}" for name, alike in settings.items()}
     if not seeds:

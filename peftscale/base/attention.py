@@ -20,7 +20,7 @@ Shapes:  T tokens of the row   N parts of a batch   E the longest of them   S it
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
@@ -217,19 +217,31 @@ def packed_attention(
     if query.device.type == "cpu" and dtype != torch.float32:
         # torch's attention on a CPU takes a multiple of the time in bfloat16, and rounds on top of it.
         query_TAD, key_SAD, value_SAD = query_TAD.float(), key_SAD.float(), value_SAD.float()
+    queries, keys = ([getattr(batch, name) for batch in layout.batches] for name in ("queries_NE", "keys_NS"))
+    of_batches = zip(
+        _taken(query_TAD, queries),
+        _taken(key_SAD, keys),
+        _taken(value_SAD, keys),
+        layout.masks(sliding_window, query_TAD.dtype),
+        strict=True,
+    )
     outs = []
-    for batch, mask in zip(layout.batches, layout.masks(sliding_window, query_TAD.dtype), strict=True):
-        q = _take(query_TAD, batch.queries_NE)
-        k, v = _take(key_SAD, batch.keys_NS), _take(value_SAD, batch.keys_NS)
+    for q, k, v, mask in of_batches:
         out = _attend(q, k, v, mask, scaling=scaling, softcap=softcap, sinks_A=s_aux)
         outs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs)[layout.back_T].to(dtype)[None], None
 
 
-def _take(states_TAD: Tensor, index_NS: Tensor) -> Tensor:
-    """(N, heads, S, D)."""
-    picked = states_TAD.index_select(0, index_NS.flatten())
-    return picked.view(*index_NS.shape, *picked.shape[1:]).transpose(1, 2)
+def _taken(states_TAD: Tensor, indices_NS: Sequence[Tensor]) -> Iterator[Tensor]:
+    """(N, heads, S, D) of each batch."""
+    if states_TAD.requires_grad:
+        # All batches at once: each gather makes a gradient of the whole row.
+        picked = states_TAD.index_select(0, torch.cat([index.flatten() for index in indices_NS]))
+        parts: Iterable[Tensor] = picked.split([index.numel() for index in indices_NS])
+    else:  # one after the other, so that the copies of one batch are there at a time
+        parts = (states_TAD.index_select(0, index.flatten()) for index in indices_NS)
+    for index_NS, part in zip(indices_NS, parts, strict=True):
+        yield part.view(*index_NS.shape, *part.shape[1:]).transpose(1, 2)
 
 
 def _attend(

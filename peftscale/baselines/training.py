@@ -26,11 +26,11 @@ from peftscale.baselines import task as baseline_task
 from peftscale.baselines.full import Full
 from peftscale.config import RunConfig, TrainConfig
 from peftscale.data.batches import Cursor, Item, checksum, plan_passes, training_items
-from peftscale.data.rows import Split
 from peftscale.data.tasks import TaskData
 from peftscale.errors import TrainingError
 from peftscale.plan import Plan, Work
 from peftscale.records import AdapterSummary, EvaluationRecord, RunSummary, StepRecord
+from peftscale.task_config import Split
 from peftscale.train import checkpoint, comm, departures, evaluate, memory, optim, step, summary, worker, workload
 from peftscale.train.checkpoint import AdapterProgress, Identity
 from peftscale.train.journal import Journal, Leaving, Watch, never
@@ -306,6 +306,13 @@ def _note_start(job: Job) -> None:
         job.journal.note(0, f"starts from its first step, as it did before: {job.cfg.method} keeps no checkpoint")
     for text in job.base.notes:
         job.journal.note(0, text)
+    section = job.cfg.lora if job.cfg.method == "lora" else job.cfg.full_finetuning
+    if section is None or section.train is None or section.train.learning_rate is None:
+        job.journal.note(
+            0,
+            f"trains with the run's learning_rate={job.train.learning_rate:g}, as no other is given in "
+            f"{job.cfg.method}.train: prompts take far higher ones than weights",
+        )
     if job.task.num_cut:
         job.journal.note(0, f"{job.task.num_cut} inputs were cut to task.max_text_tokens")
     if job.cfg.base.sharding not in ("auto", "replicated") and comm.world_size() > 1:

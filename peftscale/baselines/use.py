@@ -11,21 +11,21 @@ import torch
 from peftscale.base.load import Base
 from peftscale.baselines import lora, model
 from peftscale.config import RunConfig, TaskConfig
-from peftscale.data.rows import Split
 from peftscale.errors import ModelError
+from peftscale.task_config import Split
 from peftscale.train import comm, use
 from peftscale.train.evaluate import BASE_ALONE
 from peftscale.train.use import Evaluated
 
 
-def evaluated(cfg: RunConfig, directory: Path, task_configs: Sequence[TaskConfig], split: Split) -> Evaluated:
+def evaluated(cfg: RunConfig, directory: Path, task_configs: Sequence[TaskConfig], split: Split | None) -> Evaluated:
     """Evaluate a state of full fine-tuning or LoRA on a split of every task, all in the same passes.
 
     Args:
         cfg: of the run that trained it.
         directory: that it was saved to.
         task_configs: what to evaluate on.
-        split: of each task.
+        split: of each task; None for what each reports on.
 
     Raises:
         ModelError: there is no such state.

@@ -79,12 +79,16 @@ def is_complete(task: Mapping[str, Any]) -> bool:
 def filled(task: Mapping[str, Any]) -> dict[str, Any] | None:
     """A run file's task with what it leaves out taken from the catalogue's; None where that has no such name.
 
-    What is given stands: `files` in place of the catalogue's `hub`, single keys of `hub` among the others.
+    What is given stands: `files` in place of the catalogue's `hub`, single keys of `hub` among the others. Other words
+    for the same labels keep the catalogue's order, whose last one is the positive class of F1.
     """
     entry = entries().get(str(task.get("name")))
     if entry is None:
         return None
     merged = {**entry.task, **task}
+    labels, own_labels = entry.task.get("labels"), task.get("labels")
+    if labels and isinstance(own_labels, dict) and set(own_labels) == set(labels):
+        merged["labels"] = {label: own_labels[label] for label in labels}
     own_hub = task.get("hub")
     if isinstance(own_hub, dict):
         merged["hub"] = {**entry.task.get("hub", {}), **own_hub}

@@ -20,15 +20,15 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from peftscale.config import DataFiles, HubData, TaskConfig
 from peftscale.errors import DataError
+from peftscale.task_config import Split
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
-Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 _CONVERSIONS = "refs/convert/parquet"
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from peftscale.config import TaskConfig
-from peftscale.data.rows import SPLITS, Split
+from peftscale.data.rows import SPLITS
 from peftscale.data.texts import Form, Text, render
 from peftscale.data.tokens import Ids, TextEncoder
 from peftscale.errors import DataError
+from peftscale.task_config import Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,9 +16,9 @@ from typing import Any
 
 from peftscale.config import TaskConfig
 from peftscale.data import rows
-from peftscale.data.rows import Split
 from peftscale.data.template import Expression, Template
 from peftscale.errors import DataError
+from peftscale.task_config import Split
 
 _NUM_SHOWN = 5
 

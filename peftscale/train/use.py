@@ -16,8 +16,8 @@ from peftscale.base import prefixed
 from peftscale.base.load import Base
 from peftscale.config import RunConfig, TaskConfig
 from peftscale.data import tasks
-from peftscale.data.rows import Split
 from peftscale.data.tasks import TaskData
+from peftscale.task_config import Split
 from peftscale.train import comm, evaluate, setup
 from peftscale.train.evaluate import BASE_ALONE, Cell, Evaluation
 
@@ -44,7 +44,7 @@ class Evaluated:
 
 
 def evaluated(
-    cfg: RunConfig, directories: Sequence[Path], task_configs: Sequence[TaskConfig], split: Split
+    cfg: RunConfig, directories: Sequence[Path], task_configs: Sequence[TaskConfig], split: Split | None
 ) -> Evaluated:
     """Evaluate every adapter, and the base without a prompt, on a split of every task, all in the same passes.
 
@@ -52,7 +52,7 @@ def evaluated(
         cfg: of the base and the passes; the run's own tasks do not count.
         directories: of the adapters.
         task_configs: what to evaluate on.
-        split: of each task.
+        split: of each task; None for what each reports on.
 
     Raises:
         AdapterError: an adapter that cannot be used.
@@ -77,7 +77,7 @@ def on_tasks(
     adapters: Mapping[str, Folded],
     names: Sequence[str],
     task_configs: Sequence[TaskConfig],
-    split: Split,
+    split: Split | None,
     *,
     max_tokens: int | None,
     microbatch_tokens: int,
@@ -90,14 +90,15 @@ def on_tasks(
     """
     cells: list[Cell] = []
     for of_task in task_configs:
+        of_split = split or of_task.reported_split
         task = tasks.load(
             of_task,
             base.tokenizer,
             max_tokens=max_tokens,
-            splits=(split,),
+            splits=(of_split,),
             is_encoder_decoder=base.is_encoder_decoder,
         )
-        cells += [Cell(name, task, task.split(split), of_task.metrics) for name in names]
+        cells += [Cell(name, task, task.split(of_split), of_task.metrics) for name in names]
     results = evaluate.run_cells(base, adapters, cells, microbatch_tokens=microbatch_tokens)
     found = list(zip(cells, results, strict=True))
     return [found[start : start + len(names)] for start in range(0, len(found), len(names))]

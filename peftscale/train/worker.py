@@ -18,9 +18,9 @@ from peftscale.base.load import Base
 from peftscale.config import RunConfig
 from peftscale.data.batches import Cursor, Item, checksum, training_items
 from peftscale.data.mixtures import Mixture
-from peftscale.data.rows import Split
 from peftscale.data.tasks import TaskData
 from peftscale.plan import Plan, Work
+from peftscale.task_config import Split
 from peftscale.train import checkpoint, comm, departures, evaluate, memory, setup, step, summary, workload
 from peftscale.train.checkpoint import AdapterProgress, Identity, State
 from peftscale.train.journal import Journal, Leaving, Watch, never, nobody

@@ -85,8 +85,8 @@ def main(
     data: Annotated[Path, typer.Option(help="Data sets, as `real_tasks` reads them.")],
     bases: Annotated[Path, typer.Option(help="Directories of bases.")],
     base: Annotated[str, typer.Option(help="A name under --bases.")] = "5m",
-    steps: Annotated[int, typer.Option(min=1)] = 30,
-    examples: Annotated[int, typer.Option(min=1, help="Of each test split.")] = 16,
+    steps: Annotated[int, typer.Option(min=1, max=112, help="Of 8 of the 900 questions each.")] = 30,
+    examples: Annotated[int, typer.Option(min=1, max=190, help="Of each test split.")] = 16,
 ) -> None:
     """Train, evaluate together and alone, print, record."""
     loaded = peftscale.load_base(bases / base, quantization="none", compute_dtype="float32")

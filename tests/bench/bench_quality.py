@@ -103,20 +103,22 @@ class Study:
         for rate in BASELINES[method][1]:
             cfg = self.baseline(method, base, task, rate=rate, seed=SEEDS[0])
             driver.finished(cfg)
-            rows = (row for row in records.read(cfg.metrics_path) if isinstance(row, records.EvaluationRecord))
-            tried[rate] = max(row.metrics[cfg.task.metrics[0]] for row in rows if row.split == "validation")
+            rows = [row for row in records.read(cfg.metrics_path) if isinstance(row, records.EvaluationRecord)]
+            rows = [row for row in rows if row.split == "validation"]
+            begun = max(i for i, row in enumerate(rows) if row.step == 0)  # an attempt that was cut stands before it
+            tried[rate] = max(row.metrics[cfg.task.metrics[0]] for row in rows[begun:])
         if tried:
             line(f"{base} {task}", f"{method}, rates on validation", json.dumps(tried), "", 1, "")
         return max(tried, key=tried.__getitem__, default=None)
 
-    def row(self, name: str, what: str, values: list[float], *, seconds: float) -> None:
-        """Print and record the figures of one setting."""
+    def row(self, name: str, what: str, values: list[float], *, seconds: float, cfg: RunConfig) -> None:
+        """Print and record the figures of one setting; `cfg` is of its run, or of the first of them."""
         band = transfer_study.band(values)
         interval = "" if band["low"] is None else f"{band['low']:.3f}..{band['high']:.3f}"
         spread = "" if band["deviation"] is None else f" +- {band['deviation']:.3f}"
         line(name, what, f"{band['mean']:.3f}{spread}", interval, len(values), f"{seconds:.0f}")
         measured = {key: value for key, value in band.items() if value is not None}
-        self.record(name, what, measured | {"num_seeds": len(values), "seconds": seconds})
+        self.record(name, what, measured | {"num_seeds": len(values), "seconds": seconds}, cfg)
 
     def gap_row(self, name: str, what: str, zero: float, tuned: list[float], full: list[float]) -> None:
         """Print and record which part of full fine-tuning's gain a method has."""
@@ -124,11 +126,11 @@ class Study:
         line(name, f"{what}: gap closed", f"{share:.2f}", f"{low:.2f}..{high:.2f} (delta method)", len(tuned), "")
         self.record(name, f"{what} gap closed", {"mean": share, "low": low, "high": high})
 
-    def record(self, name: str, what: str, measured: dict[str, float]) -> None:
-        """Append a BenchRecord."""
+    def record(self, name: str, what: str, measured: dict[str, float], cfg: RunConfig | None = None) -> None:
+        """Append a BenchRecord. What is made of several runs has no fingerprint."""
         record = records.BenchRecord(
             name=f"quality {name} {what}",
-            config_fingerprint=None,
+            config_fingerprint=cfg and configio.fingerprint(cfg),
             measured=measured,
             environment=records.environment(),
         )
@@ -180,7 +182,7 @@ def methods(study: Study, base: str, task: str) -> None:
     line(where, "untuned", f"{zero:.3f}", of_texts, "", "")
     scores = dict(by_setting(found))
     for setting, values in scores.items():
-        study.row(where, setting, values, seconds=seconds / len(scores))
+        study.row(where, setting, values, seconds=seconds / len(scores), cfg=cfg)
     for method in BASELINES:
         rate = study.best_rate(method, base, task)
         scores[method] = _of_baseline(study, method, base, task, rate=rate)
@@ -197,16 +199,19 @@ def _of_baseline(
     study: Study, method: str, base: str, task: str, *, rate: float | None, longer: Section | None = None
 ) -> list[float]:
     values, total = [], 0.0
-    for seed in SEEDS:
-        of_seed, took = after(study.baseline(method, base, task, rate=rate, seed=seed, longer=longer))
+    runs = [study.baseline(method, base, task, rate=rate, seed=seed, longer=longer) for seed in SEEDS]
+    for cfg in runs:
+        of_seed, took = after(cfg)
         values += of_seed.values()
         total += took
-    study.row(f"{base} {task}", f"{method}, longer" if longer else method, values, seconds=total)
+    study.row(f"{base} {task}", f"{method}, longer" if longer else method, values, seconds=total, cfg=runs[0])
     return values
 
 
 def gap(zero: float, tuned: list[float], full: list[float]) -> tuple[float, float, float]:
     """Mean gain over the untuned base in units of full fine-tuning's, and its 95% interval.
+
+    The untuned base has the compute dtype of the prompts' run, which is bfloat16 unless it is changed.
 
     The interval counts the seeds of both sides: the delta method for a ratio, degrees of freedom after Welch and
     Satterthwaite. The untuned score has no seed.
@@ -239,10 +244,11 @@ def means(study: Study, base: str, task: str) -> None:
 
 
 def _spread(study: Study, base: str, task: str, name: str, settings: dict[str, Section]) -> None:
-    found, seconds = after(study.config(name, base, task, adapters=cohort(20, **settings)))
+    cfg = study.config(name, base, task, adapters=cohort(20, **settings))
+    found, seconds = after(cfg)
     scores = dict(by_setting(found))
     for setting, values in scores.items():
-        study.row(f"{base} {task}", setting, values, seconds=seconds / len(scores))
+        study.row(f"{base} {task}", setting, values, seconds=seconds / len(scores), cfg=cfg)
         for beside in {"plain", "labels-start"} & scores.keys() - {setting}:
             ratio = statistics.stdev(values) / max(statistics.stdev(scores[beside]), LEAST_DEVIATION)
             low, high = ratio_interval(values, scores[beside])
@@ -272,15 +278,17 @@ def starts(study: Study, base: str, task: str) -> None:
     others: dict[str, Section] = {"random": {}, "scaled": {}, "text": {"init_text": TEXT}}
     settings |= {f"start-{init}": bare | {"init": init} | own for init, own in others.items()}
     settings["start-labels"] = study.prompt(task, length=20)
-    found, seconds = after(study.config("starts", base, task, adapters=cohort(**settings)))
+    cfg = study.config("starts", base, task, adapters=cohort(**settings))
+    found, seconds = after(cfg)
     for setting, values in by_setting(found):
-        study.row(f"{base} {task}", setting, values, seconds=seconds / len(settings))
+        study.row(f"{base} {task}", setting, values, seconds=seconds / len(settings), cfg=cfg)
 
 
 def tries(study: Study, base: str, task: str) -> None:
     """Rates, starts, a network and more steps beside the recipe: which part of full fine-tuning's gain each closes.
 
-    Full fine-tuning is taken at its better number of steps of the same two.
+    Full fine-tuning is taken at the number of steps of these two whose mean is higher on the test split, so that the
+    parts are rather too small than too large.
     """
     prompt = study.prompt(task, length=20)
     train = study.config("tries", base, task, adapters={"recipe": prompt}).train
@@ -303,7 +311,7 @@ def tries(study: Study, base: str, task: str) -> None:
     both = [_of_baseline(study, "full_finetuning", base, task, rate=rate, longer=more) for more in (None, longer)]
     zero, full = untuned(cfg), max(both, key=statistics.fmean)
     for setting, values in by_setting(found):
-        study.row(f"{base} {task}", setting, values, seconds=seconds / len(settings))
+        study.row(f"{base} {task}", setting, values, seconds=seconds / len(settings), cfg=cfg)
         study.gap_row(f"{base} {task}", setting, zero, values, full)
 
 
@@ -316,10 +324,12 @@ def transfer(study: Study, base: str, task: str) -> None:
     targets = [study.config("shift-prompt", base, target, adapters=prompt).task for target in SHIFTS[task]]
     found = transfer_study.members(runs, SEEDS)
     result = transfer_study.study(found, targets, "test", train=driver.finished, score=driver.evaluate)
-    titles = {run.name: "prompt20" if run.method == "adapters" else run.method for run in runs}
+    by_name = {run.name: run for run in runs}
     for method, of_method in result["methods"].items():
+        run = by_name[method]
+        title = "prompt20" if run.method == "adapters" else run.method
         for name, on in of_method["tasks"].items():
-            study.row(f"{base} {task} -> {name}", titles[method], on["values"], seconds=0)
+            study.row(f"{base} {task} -> {name}", title, on["values"], seconds=0, cfg=run)
             if on["shift"]:
                 mean, deviation, low, high = (on["shift"][key] for key in ("mean", "deviation", "low", "high"))
                 line(
@@ -335,7 +345,7 @@ def ensemble(study: Study, base: str, task: str) -> None:
     places = selection.adapter_dirs(cfg, None)
     result = driver.evaluate(cfg, places, [cfg.task], "test", together={task: range(len(places))})
     print(json.dumps({key: value for key, value in result["tasks"][task].items() if key != "adapters"}))
-    study.row(f"{base} {task}", "average", list(found.values()), seconds=seconds)
+    study.row(f"{base} {task}", "average", list(found.values()), seconds=seconds, cfg=cfg)
 
 
 TEXT = "Read the text and say in one word what it is about and whether the writer thinks that it is good or bad."

@@ -2,7 +2,8 @@
 
 The sets are not part of the project. A directory of them has the sub-directories and files that `FILES` reads; each
 becomes jsonl files with the columns of the catalogue's task, whose wording is used. The words of the labels are other
-ones: a vocabulary of 4,096 has most of the catalogue's in pieces. Questions and translations are those of XQuAD.
+ones: a vocabulary of 4,096 has most of the catalogue's in pieces. Questions and translations are those of XQuAD, whose
+paragraphs stand in several splits: they are there to be mixed with other tasks, not for their quality.
 """
 
 import csv

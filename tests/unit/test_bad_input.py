@@ -208,7 +208,7 @@ def _no_adapter(place: Place) -> list[str | Path]:
 
 
 def _no_test_split(place: Place) -> list[str | Path]:
-    return ["evaluate", place.run_file(), "--adapter", place.good / "adapter"]
+    return ["evaluate", place.run_file(), "--adapter", place.good / "adapter", "--split", "test"]
 
 
 def _other_columns(place: Place) -> list[str | Path]:
@@ -357,7 +357,7 @@ CASES: list[tuple[Callable[[Place], list[str | Path]], tuple[str, ...]]] = [
         _no_adapter,
         (FILE, "{here}/runs/tiny/adapters/mood/best: no such adapter. Train the run first, or name one with"),
     ),
-    (_no_test_split, (FILE, "task reviews: no test split; give task.files.test or task.hub.test")),
+    (_no_test_split, (FILE, "--split test: task reviews has no test split. Give task.files.test or task.hub.test, or")),
     (_other_columns, (FILE, '--row {"txt": "Fine"}: need an object with the keys text.')),
     (
         _too_many_cpus,

@@ -353,7 +353,21 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(
         assert all(parameter.isfinite().all() for parameter in best.parameters())
 
 
-@pytest.mark.parametrize("changes", [{**LORA, "train.learning_rate": 0.1}, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize(("section", "is_told"), [({}, True), ({"train": {"learning_rate": 0.01}}, False)])
+def test_a_baseline_says_when_it_takes_the_rate_of_prompts(
+    tmp_path: Path, section: dict[str, Any], is_told: bool
+) -> None:
+    cfg = tiny.run_config(tmp_path, **{**LORA, "lora": {**LORA["lora"], **section}, "train.steps": 1})
+    _run(cfg)
+    notes = [row.text for row in records.read(cfg.metrics_path) if isinstance(row, records.NoteRecord)]
+    told = f"trains with the run's learning_rate={cfg.train.learning_rate:g}, as no other is given in lora.train"
+    assert any(note.startswith(told) for note in notes) is is_told
+
+
+_LEARNS = {"train.learning_rate": 0.03, "train.steps": 20, "train.evaluate_every": 20}
+
+
+@pytest.mark.parametrize("changes", [{**LORA, **_LEARNS}, FULL], ids=["lora", "full"])
 def test_evaluate_scores_the_state_that_a_baseline_s_run_made(tmp_path: Path, changes: dict[str, Any]) -> None:
     cfg = tiny.run_config(tmp_path, **changes)
     (made,) = driver.run(cfg, show=False).adapters.values()

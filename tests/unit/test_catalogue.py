@@ -123,6 +123,10 @@ def test_files_stand_in_place_of_the_hub_and_single_keys_over_the_catalogue_s(wr
     assert (cfg.task.max_text_tokens, cfg.task.cue) == (99, "\nanswer:")
     assert cfg.task.labels == {"False": " False", "True": " True"}
     assert configio.from_dict(configio.dump(cfg)) == cfg
+    # Other words in another order: which label is the positive one of F1 stays what it is.
+    swapped = {"name": "mrpc", "labels": {"equivalent": " yes", "not_equivalent": " no"}}
+    words = configio.load(written(swapped)).task.labels
+    assert words is not None and list(words.items()) == [("not_equivalent", " no"), ("equivalent", " yes")]
     of_hub = configio.load(written({"name": "cb"}), ["task.hub.revision=abc", "task.cut=start"]).task
     assert of_hub.hub is not None and (of_hub.hub.path, of_hub.hub.revision) == ("aps/super_glue", "abc")
     assert of_hub.cut == "start"

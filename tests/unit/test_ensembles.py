@@ -9,26 +9,22 @@ from peftscale.train.evaluate import Evaluation
 
 
 def test_the_majority_decides_each_example_for_itself() -> None:
-    assert ensembles.votes([(0, 1, 2), (0, 2, 2), (1, 2, 2)]) == (0, 2, 2)
-    assert ensembles.votes([("yes", "a b"), ("no", "a b"), ("no", "c")]) == ("no", "a b")
-
-
-def test_a_tie_goes_to_the_adapter_that_comes_first() -> None:
-    assert ensembles.votes([(2,), (1,)]) == (2,)
-    assert ensembles.votes([(1,), (2,)]) == (1,)
-    assert ensembles.votes([(0,), (2,), (1,), (1,), (2,)]) == (2,)
+    assert ensembles.votes([(0, 1, 2), (0, 2, 2), (1, 2, 2)]) == [[0], [2], [2]]
+    assert ensembles.votes([("yes", "a b"), ("no", "a b"), ("no", "c")]) == [["no"], ["a b"]]
+    assert ensembles.votes([(0,), (2,), (1,), (1,), (2,)]) == [[2, 1]]
 
 
 def test_a_sure_adapter_outweighs_two_unsure_ones_in_the_mean_of_likelihoods_but_not_in_the_vote() -> None:
     unsure, sure = (math.log(0.55), math.log(0.45)), (math.log(0.01), math.log(0.99))
-    assert ensembles.likeliest_on_average([[unsure], [unsure], [sure]]) == (1,)  # 0.63 on average
-    assert ensembles.votes([(0,), (0,), (1,)]) == (0,)
+    assert ensembles.mean_probabilities([[unsure], [unsure], [sure]])[0][1] == pytest.approx((0.45 * 2 + 0.99) / 3)
+    assert ensembles.votes([(0,), (0,), (1,)]) == [[0]]
 
 
 def test_an_adapter_under_which_all_label_words_are_unlikely_counts_as_much_as_the_others() -> None:
     loud, quiet = (math.log(0.4), math.log(0.6)), (math.log(0.9), math.log(0.1))
     for shift in (0.0, -200.0):
-        assert ensembles.likeliest_on_average([[loud], [tuple(value + shift for value in quiet)]]) == (0,)
+        found = ensembles.mean_probabilities([[loud], [tuple(value + shift for value in quiet)]])
+        assert found == [pytest.approx([0.65, 0.35])]
 
 
 def _evaluation(
@@ -54,6 +50,18 @@ def test_average_best_vote_and_likelihood_stand_side_by_side() -> None:
     assert found["size"] == 3
     assert (found["average"], found["best"]) == ({"accuracy": 0.75}, {"accuracy": 0.75})
     assert (found["vote"], found["likelihood"]) == ({"accuracy": 1.0}, {"accuracy": 1.0})
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_tie_is_decided_by_the_likelihood_and_not_by_the_order_of_the_adapters(order: tuple[int, int]) -> None:
+    results = [
+        _evaluation(0.0, (0,), ((math.log(0.6), math.log(0.4)),)),
+        _evaluation(1.0, (1,), ((math.log(0.1), math.log(0.9)),)),
+    ]
+    found = ensembles.scores(
+        [results[at] for at in order], lambda predictions: {"accuracy": float(predictions == (1,))}
+    )
+    assert found["vote"] == found["likelihood"] == {"accuracy": 1.0}
 
 
 def test_generated_texts_are_voted_on_and_have_no_likelihood() -> None:

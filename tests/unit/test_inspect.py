@@ -14,7 +14,7 @@ from torch import Tensor
 from peftscale import configio
 from peftscale.adapters import Folded, Prefix, SoftPrompt, files
 from peftscale.adapters.manifest import AdapterCard, BaseCard, StartCard, TaskTemplate
-from peftscale.analysis import vocabulary
+from peftscale.analysis import picture, reading, vocabulary
 from peftscale.analysis.vocabulary import Vocabulary
 from peftscale.base import load, pack, prefixed
 from peftscale.config import BaseConfig, SoftPromptConfig
@@ -84,6 +84,7 @@ def test_each_virtual_token_is_named_by_the_word_it_points_at(here: Path, words:
     reading = found["reading"]
     near = [[one["text"] for one in token["neighbours"]] for token in reading["tokens"]]
     assert [len(texts) for texts in near] == [4, 4, 4]
+    assert all(set(token["family"]) <= set(texts) for token, texts in zip(reading["tokens"], near, strict=True))
     assert (near[0][0], near[1][0]) == (" good", " film")
     assert reading["tokens"][0]["neighbours"][0]["cosine"] == pytest.approx(1, abs=1e-5)
     assert " good" not in near[2]
@@ -123,6 +124,7 @@ def test_the_start_is_made_again_from_what_the_adapter_says(
     assert "start:" not in told
     if start["init"] == "labels":
         assert found["reading"]["tokens"][0]["start"] == " terrible"
+        assert found["reading"]["tokens"][0]["start_cosine"] == pytest.approx(1, abs=1e-5)
 
 
 def test_a_start_that_comes_out_otherwise_is_not_taken_for_the_start(here: Path, words: Vocabulary) -> None:
@@ -196,10 +198,35 @@ def test_the_picture_is_a_png_of_prompt_start_and_neighbours(here: Path, words: 
     start_PH = _rows(words, *labels)
     directory = _save(here / "drawn", SoftPrompt(start_PH.flip(0)), start=StartCard.of(cfg, seed=0, values=start_PH))
     _inspect(directory, RUN_FILE, "--png", here / "map.png")
-    content = (here / "map.png").read_bytes()
-    assert content.startswith(b"\x89PNG") and len(content) > 10_000
+    assert (here / "map.png").read_bytes().startswith(b"\x89PNG")
     single = _save(here / "single", SoftPrompt(start_PH[:1]))
     _inspect(single, RUN_FILE, "-k", "2", "--png", here / "single.png")
+
+
+def test_the_picture_joins_each_token_with_its_start_and_names_its_nearest_word(words: Vocabulary) -> None:
+    from matplotlib.figure import Figure
+
+    # Of the 90 words that are neighbours of these rows 60 have a name, and the far rows' are among them.
+    far_PH = torch.randn(18, 256, generator=torch.Generator().manual_seed(0))
+    rows_PH = torch.cat([_rows(words, " good", " bad"), far_PH])
+    read = reading.beside(words, rows_PH, rows_PH.flip(0), labels={}, k=5, notes=[])
+    axes = Figure().subplots()
+    picture.draw(read, axes, title="title")
+    shown = [text.get_text() for text in axes.texts]
+    nearest = [texts[0].strip() for texts in read.prompt.texts_PK]
+    assert shown[:20] == [str(row) for row in range(20)]
+    assert set(nearest) <= set(shown[20:])
+    assert len(shown) == 20 + 60
+    assert len(axes.lines) == 40
+    assert axes.get_title() == "title"
+    assert [text.get_text() for text in axes.get_legend().get_texts()][1:] == ["start", "virtual token"]
+
+
+def test_few_points_of_one_direction_are_drawn_at_one_place() -> None:
+    rows = torch.tensor([[2.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 3.0]])
+    points = picture.plane(rows)
+    assert torch.allclose(points[0], points[1], atol=1e-6)
+    assert (points[1] - points[2]).norm() == pytest.approx(2**0.5, rel=1e-5)
 
 
 def test_a_prefix_has_norms_layer_by_layer_and_no_neighbours(here: Path, words: Vocabulary) -> None:
@@ -229,6 +256,8 @@ def test_the_base_is_named_once_and_what_cannot_be_drawn_or_written_is_refused(h
     for arguments, message in (
         ([RUN_FILE, "--base", model], "takes its base from a run file or --base: name one"),
         (["--png", here / "x.png"], "takes its base from a run file or --base: name one"),
+        (["-k", "7"], "takes its base from a run file or --base: name one"),
+        ([RUN_FILE, "-k", "101"], "Invalid value for '--neighbours'"),
         ([RUN_FILE, "--png", here / "nowhere" / "x.png"], "x.png: cannot be written (No such file or directory)"),
     ):
         done = commands.run("inspect", directory, *arguments)

@@ -2,6 +2,7 @@
 output is that of the adapter alone."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,7 @@ def test_evaluate_fills_the_matrix_of_a_run_s_adapters_and_tasks(here: Path) -> 
         assert (alone["task"], alone["base"], alone["examples"]) == (name, of_task["base"], of_task["examples"])
         assert alone["adapters"] == {dirs[1]: of_task["adapters"][dirs[1]]}
     shown = commands.run("evaluate", here / "run.json")
-    assert "test split, examples: reviews 7, answers 3, words 3" in shown.err
+    assert "examples: reviews 7 (test), answers 3 (test), words 3 (test)" in shown.err
     assert "(base alone)" in shown.err
 
 
@@ -234,6 +235,21 @@ def test_an_ensemble_stands_beside_its_adapters(here: Path) -> None:
     assert found["tasks"]["reviews"]["ensemble"]["vote"]["accuracy"] == pytest.approx(hits / 7)
 
 
+def test_each_task_is_scored_on_the_split_that_it_reports_on(here: Path, tmp_path: Path) -> None:
+    """Of a task without a test split on validation, beside others that have one."""
+    other = json.loads((here / "run.json").read_text())
+    other["task"]["name"] = "untested"
+    del other["task"]["files"]["test"]
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    found = _evaluate(here, "--task", "reviews", "--task", tmp_path / "other.json")["tasks"]
+    assert {name: of_task["split"] for name, of_task in found.items()} == {"reviews": "test", "untested": "validation"}
+    done = commands.run(
+        "evaluate", here / "run.json", "--task", "reviews", "--task", tmp_path / "other.json", "--split", "test"
+    )
+    assert done.code == 2
+    assert "--split test: task untested has no test split. Give task.files.test or task.hub.test, or" in done.err
+
+
 def test_where_no_task_is_named_those_of_one_task_are_an_ensemble(here: Path, tmp_path: Path) -> None:
     run = json.loads((here / "run.json").read_text())
     run["name"], run["adapters"]["more"] = "two", {**run["adapters"]["mood"], "seed": 9}
@@ -252,7 +268,7 @@ def test_where_no_task_is_named_those_of_one_task_are_an_ensemble(here: Path, tm
     assert of_reviews["ensemble"]["best"]["accuracy"] == best
     shown = commands.run("evaluate", tmp_path / "two.json", "--ensemble")
     (row,) = [line for line in shown.err.splitlines() if "(vote)" in line]
-    assert row.count("nan") == 2  # of the two tasks with one adapter each
+    assert len(re.findall(r"\d\.\d{4}", row)) == 1  # nothing of the two tasks with one adapter each
 
 
 @pytest.mark.parametrize(
@@ -261,6 +277,8 @@ def test_where_no_task_is_named_those_of_one_task_are_an_ensemble(here: Path, tm
         (["--ensemble"], "--ensemble: no two of these adapters were trained on the same task. Name the task with"),
         (["--task", "review"], "--task review: neither a task of the run file (reviews, answers, words) nor one that"),
         (["--split", "dev"], "--split: must be train, validation or test, got 'dev'"),
+        (["name=other", "-a", "{mood}", "-a", "{words}", "--ensemble"], "--ensemble: no two of these adapters were"),
+        (["-a", "{mood}", "-a", "{mood}/../best"], "mood/best/../best is named twice. Leave one out."),
         (["-a", "{mood}", "--ensemble"], "--ensemble: needs two adapters at least, got one"),
         (["--task", "{other}"], "--task: two different tasks are called 'reviews'"),
     ],
@@ -271,8 +289,9 @@ def test_an_evaluation_that_cannot_be_is_refused(
     other = json.loads((here / "run.json").read_text())
     other["task"]["input"] = "{{ text }}"
     (tmp_path / "other.json").write_text(json.dumps(other))
-    names = {"{mood}": here / "runs" / "tiny" / "adapters" / "mood" / "best", "{other}": tmp_path / "other.json"}
-    words = [str(names.get(word, word)) for word in arguments]
+    adapters = here / "runs" / "tiny" / "adapters"
+    names = {"mood": adapters / "mood" / "best", "words": adapters / "words" / "best", "other": tmp_path / "other.json"}
+    words = [word.format(**names) for word in arguments]
     if "{other}" in arguments:
         words += ["--task", "reviews"]
     done = commands.run("evaluate", here / "run.json", *words)

@@ -21,6 +21,7 @@ PAPERS = {
         "steps": 30_000,
         "examples_per_step": 32,
         "schedule": "constant",
+        "early_stop": 10,
         "metrics": ("mean", "accuracy", "macro_f1"),
     },
     "liliang2021": {
@@ -31,6 +32,7 @@ PAPERS = {
         "optimizer": "adamw",
         "learning_rate": 5e-5,
         "schedule": "linear",
+        "steps": 1216,
         "examples_per_step": 5,
     },
     "residual": {
@@ -42,6 +44,7 @@ PAPERS = {
         "learning_rate": 0.3,
         "network_learning_rate": None,
         "weight_decay": 1e-5,
+        "steps": 1520,
         "examples_per_step": 8,
         "schedule": "constant",
     },

@@ -12,7 +12,7 @@ import torch
 from peftscale.adapters import Prefix, SoftPrompt, files
 from peftscale.adapters.manifest import AdapterCard, BaseCard
 from peftscale.analysis import similarity
-from peftscale.errors import AdapterError
+from peftscale.errors import AdapterError, ConfigError
 
 DIGEST = "sha256:" + "1" * 64
 
@@ -95,6 +95,12 @@ def test_a_library_with_nothing_to_compare_is_refused(tmp_path: Path) -> None:
         AdapterError, match=r"holds 1 adapter\(s\), none of which can be compared: .*narrow: passed over"
     ):
         similarity.rank(own, tmp_path / "library")
+
+
+def test_a_library_that_is_not_there_is_told_from_an_empty_one(tmp_path: Path) -> None:
+    own = _save(tmp_path / "own", SoftPrompt(torch.eye(3)))
+    with pytest.raises(ConfigError, match=r"nowhere: no such directory\. Name one that has adapters"):
+        similarity.rank(own, tmp_path / "nowhere")
 
 
 def test_the_command_prints_the_ranking_once_as_a_table_and_once_as_json(tmp_path: Path) -> None:

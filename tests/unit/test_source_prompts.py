@@ -74,7 +74,7 @@ def test_summary_and_records_have_the_mean_and_the_scores_of_each_task(here: Pat
     notes = [row.text for row in _rows(here) if isinstance(row, NoteRecord)]
     assert "source is trained on several tasks; an epoch has 4 of the 7 of reviews, all 3 of words" in notes
     shown = commands.run("evaluate", here / "run.json", "--split", "validation")
-    assert "validation split, examples: reviews 7, words 3" in shown.err
+    assert "examples: reviews 7 (validation), words 3 (validation)" in shown.err
 
 
 def test_the_best_state_is_that_with_the_best_mean_and_early_stop_follows_it(here: Path) -> None:

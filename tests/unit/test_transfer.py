@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import commands
@@ -11,8 +12,9 @@ import tiny
 
 from peftscale import driver
 from peftscale.analysis import transfer
-from peftscale.config import RunConfig
+from peftscale.config import RunConfig, TaskConfig
 from peftscale.errors import ConfigError
+from peftscale.task_config import Split
 
 LORA = {"method": "lora", "lora": {"rank": 2, "alpha": 4}}
 
@@ -64,6 +66,48 @@ def test_a_run_without_seeds_is_what_it_is_and_its_own_seeds_are_one_method(tmp_
     ]
 
 
+def test_seeds_that_are_given_stand_in_the_place_of_the_run_file_s_own(tmp_path: Path) -> None:
+    adapters = {"mood": {"kind": "prompt", "length": 2, "init": "random", "seed": [5, 6]}}
+    found = transfer.members([tiny.run_config(tmp_path, adapters=adapters)], [0, 1])
+    assert [(member.method, member.seed) for member in found] == [("tiny", 0), ("tiny", 1)]
+
+
+def test_two_tasks_are_compared_by_the_first_metric_that_both_have(cfg: RunConfig) -> None:
+    (member,) = transfer.members([cfg.model_copy(update={"task": _with(cfg, "accuracy", "macro_f1")})], [])
+    targets = [
+        _with(cfg, "macro_f1", "accuracy", name="both"),
+        _with(cfg, "exact_match", "macro_f1", name="second"),
+        _with(cfg, "exact_match", name="none"),
+    ]
+
+    def score(run: RunConfig, places: Any, tasks: Any, split: Split | None) -> dict[str, Any]:
+        metrics = {"accuracy": 0.5, "macro_f1": 0.25, "exact_match": 0.125}
+        away = {name: 2 * value for name, value in metrics.items()}
+        of_tasks = {task.name: metrics if task == run.task else away for task in tasks}
+        return {
+            "notes": [],
+            "tasks": {
+                name: {"base": {"accuracy": 0.1}, "adapters": {str(place): {"metrics": found} for place in places}}
+                for name, found in of_tasks.items()
+            },
+        }
+
+    trained = driver.RunSummary.model_construct(adapters={member.name: SimpleNamespace(dir="somewhere")})
+    found = transfer.study([member], targets, "test", train=lambda _: trained, score=score)
+    on = found["methods"]["tiny"]["tasks"]
+    assert [(on[name]["metric"], on[name]["shift"] and on[name]["shift"]["mean"]) for name in on] == [
+        ("accuracy", None),
+        ("accuracy", 0.5),
+        ("macro_f1", 0.25),
+        ("exact_match", None),
+    ]
+    assert [on[name]["untuned"] for name in on] == [0.1, 0.1, None, None]
+
+
+def _with(cfg: RunConfig, *metrics: str, name: str = "reviews") -> TaskConfig:
+    return cfg.task.model_copy(update={"name": name, "metrics": metrics})
+
+
 def test_a_baseline_is_a_run_for_each_seed(cfg: RunConfig, tmp_path: Path) -> None:
     lora = tiny.run_config(tmp_path, name="low", **LORA)
     found = transfer.members([cfg, lora], [1, 2])
@@ -79,6 +123,8 @@ def test_runs_that_cannot_be_compared_are_refused(cfg: RunConfig, tmp_path: Path
         transfer.members([cfg, cfg], [])
     with pytest.raises(ConfigError, match="--seed 4: given twice; a band is over seeds that differ"):
         transfer.members([cfg], [4, 1, 4])
+    with pytest.raises(ConfigError, match="--seed -1: must be 0 or more"):
+        transfer.members([cfg], [0, -1])
     shown = tiny.run_config(tmp_path, name="shown", method="few_shot", few_shot={"examples": 2})
     with pytest.raises(ConfigError, match="shown: method 'few_shot' trains nothing on one task"):
         transfer.members([shown], [])
@@ -125,6 +171,7 @@ def test_the_shift_to_a_task_with_its_labels_turned_round_is_known(here: Path) -
     # The same words are likeliest for the same texts, and they mean the other label now.
     assert away["values"] == pytest.approx([1 - value for value in home["values"]])
     assert home["shift"] is None
+    assert away["untuned"] == pytest.approx(1 - home["untuned"])
     assert away["shift"]["mean"] == pytest.approx(1 - 2 * home["mean"])
     expected = transfer.band([1 - 2 * value for value in home["values"]])
     assert away["shift"] == {key: pytest.approx(value) for key, value in expected.items()}
@@ -156,6 +203,7 @@ def test_a_baseline_stands_beside_the_prompt(here: Path) -> None:
     found = _transfer(here, here / "prompt.json", here / "lora.json", "--seed", "0", "--seed", "1")
     assert list(found["methods"]) == ["tiny", "low"]
     low = found["methods"]["low"]
+    assert low["tasks"]["turned"]["untuned"] is None
     assert low["seeds"] == [0, 1]
     for seed, home, away in zip((0, 1), *(low["tasks"][task]["values"] for task in ("reviews", "turned")), strict=True):
         summary = json.loads((here / "runs" / f"low-s{seed}" / "summary.json").read_text())
@@ -165,7 +213,8 @@ def test_a_baseline_stands_beside_the_prompt(here: Path) -> None:
         "transfer", here / "prompt.json", here / "lora.json", "--seed", "0", "--seed", "1", "--to", here / "turned.json"
     )
     assert shown.out == ""
-    for text in ("test split: mean, deviation and 95% interval over seeds", "2 seed(s)", "trained on", "difference"):
+    title = "mean, deviation and 95% interval over seeds"
+    for text in (title, "test split", "2 seed(s)", "trained on", "difference", "base alone"):
         assert text in shown.err
 
 
@@ -175,6 +224,10 @@ def test_a_baseline_stands_beside_the_prompt(here: Path) -> None:
         (["prompt.json", "--to", "revews"], "--to revews: neither a task of the run file (reviews) nor one that the"),
         (["prompt.json", "--to", "revews"], "of which the task is taken; did you mean 'reviews'?"),
         (["prompt.json", "--to", "wsc-jsonl"], "--to wsc-jsonl: the catalogue has its form alone, for files of your"),
+        (
+            ["prompt.json", "--to", "reviews"],
+            "--to reviews: all methods are trained on it, and it is to be a task that",
+        ),
         (["prompt.json", "--to", "namesake.json"], "task.name: two different tasks are called 'reviews', and scores"),
         (["prompt.json", "--to", "turned.json", "--split", "dev"], "--split: must be train, validation or test"),
         (["train.steps=1", "--to", "turned.json"], "transfer: no run file given"),
