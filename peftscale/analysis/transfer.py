@@ -13,7 +13,7 @@ from typing import Any
 
 from scipy import stats
 
-from peftscale.config import RunConfig, TaskConfig
+from peftscale.config import AdapterConfig, RunConfig, TaskConfig
 from peftscale.errors import ConfigError
 from peftscale.records import RunSummary
 from peftscale.task_config import Split, told_apart
@@ -162,7 +162,10 @@ def _on(
     task: TaskConfig, own: TaskConfig, scores: Sequence[dict[str, dict[str, float]]], untuned: dict[str, float]
 ) -> dict[str, Any]:
     """One method on one task."""
-    metric = next((metric for metric in own.metrics if metric in task.metrics), task.metrics[0])
+    # A mean is of the task's other metrics: the same thing only where these are.
+    is_same_mean = set(own.metrics) == set(task.metrics)
+    of_both = [metric for metric in own.metrics if metric in task.metrics and (metric != "mean" or is_same_mean)]
+    metric = next(iter(of_both), task.metrics[0])
     values = [of_seed[task.name][metric] for of_seed in scores]
     found: dict[str, Any] = {
         "metric": metric,
@@ -171,7 +174,7 @@ def _on(
         "shift": None,
         "untuned": untuned.get(metric),
     }
-    if task != own and metric in own.metrics:
+    if task != own and of_both:
         at_home = [of_seed[own.name][metric] for of_seed in scores]
         found["shift"] = band([away - home for away, home in zip(values, at_home, strict=True)])
     return found
@@ -188,17 +191,16 @@ def _with_seed(run: RunConfig, seed: int) -> RunConfig:
 
 def _cohort(run: RunConfig, seeds: Sequence[int]) -> tuple[RunConfig, dict[str, str]]:
     """A run with all of its adapters at all seeds, and which method each is: alike but for the seed."""
-    made, settings = {}, {}
-    alike_but_for_seeds: set[str] = set()
+    made: dict[str, AdapterConfig] = {}
+    settings: dict[str, str] = {}
     for name, adapter in run.adapters.items():
         alike = adapter.model_dump_json(exclude={"seed"})
-        if seeds and alike in alike_but_for_seeds:
-            continue  # the run file's own seeds of one setting, in whose place `seeds` are
-        alike_but_for_seeds.add(alike)
+        if seeds and alike in settings.values():
+            continue  # another of the run file's own seeds, in whose place `seeds` are
         for seed in seeds or (run.adapter_seed(name),):
             new = f"{name}-s{seed}" if seeds else name
             made[new] = adapter.model_copy(update={"seed": seed})
-            settings[new] = (name if seeds else "", alike)
+            settings[new] = alike
     first = {alike: name for name, alike in reversed(settings.items())}
     methods = {name: run.name if len(first) == 1 else f"{run.name}/{first[alike]}" for name, alike in settings.items()}
     if not seeds:

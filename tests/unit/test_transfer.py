@@ -73,15 +73,16 @@ def test_seeds_that_are_given_stand_in_the_place_of_the_run_file_s_own(tmp_path:
 
 
 def test_two_tasks_are_compared_by_the_first_metric_that_both_have(cfg: RunConfig) -> None:
-    (member,) = transfer.members([cfg.model_copy(update={"task": _with(cfg, "accuracy", "macro_f1")})], [])
+    (member,) = transfer.members([cfg.model_copy(update={"task": _with(cfg, "mean", "accuracy", "macro_f1")})], [])
     targets = [
-        _with(cfg, "macro_f1", "accuracy", name="both"),
+        _with(cfg, "mean", "macro_f1", "accuracy", name="all"),
+        _with(cfg, "mean", "accuracy", "exact_match", name="another mean"),
         _with(cfg, "exact_match", "macro_f1", name="second"),
         _with(cfg, "exact_match", name="none"),
     ]
 
     def score(run: RunConfig, places: Any, tasks: Any, split: Split | None) -> dict[str, Any]:
-        metrics = {"accuracy": 0.5, "macro_f1": 0.25, "exact_match": 0.125}
+        metrics = {"mean": 0.75, "accuracy": 0.5, "macro_f1": 0.25, "exact_match": 0.125}
         away = {name: 2 * value for name, value in metrics.items()}
         of_tasks = {task.name: metrics if task == run.task else away for task in tasks}
         return {
@@ -96,12 +97,13 @@ def test_two_tasks_are_compared_by_the_first_metric_that_both_have(cfg: RunConfi
     found = transfer.study([member], targets, "test", train=lambda _: trained, score=score)
     on = found["methods"]["tiny"]["tasks"]
     assert [(on[name]["metric"], on[name]["shift"] and on[name]["shift"]["mean"]) for name in on] == [
-        ("accuracy", None),
+        ("mean", None),
+        ("mean", 0.75),
         ("accuracy", 0.5),
         ("macro_f1", 0.25),
         ("exact_match", None),
     ]
-    assert [on[name]["untuned"] for name in on] == [0.1, 0.1, None, None]
+    assert [on[name]["untuned"] for name in on] == [None, None, 0.1, None, None]
 
 
 def _with(cfg: RunConfig, *metrics: str, name: str = "reviews") -> TaskConfig:
