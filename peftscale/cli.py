@@ -140,7 +140,7 @@ def evaluate(
 ) -> None:
     """Score every adapter, and the base without any, on every task, in the same passes. The base is loaded once."""
     from peftscale import configio, driver, report, selection
-    from peftscale.task_config import with_split
+    from peftscale.task_config import refuse_without
 
     of_split = _split(split)
     cfg = configio.load(run_file, overrides or [])
@@ -152,7 +152,7 @@ def evaluate(
     if ensemble:  # on a task that was named all of them, whatever they were trained on
         everyone = {of_task.name: range(len(directories)) for of_task in tasks}
         together = everyone if task else selection.ensembles(cfg, directories, tasks)
-    with_split(tasks, of_split, where="--split")
+    refuse_without(tasks, of_split, where="--split")
     result = driver.evaluate(cfg, directories, tasks, of_split, together=together)
     for note in result["notes"]:
         report.note(note)
@@ -264,7 +264,7 @@ def transfer(
     """Train methods on one task, unless they are, and score them on others that they never saw."""
     from peftscale import configio, driver, report, selection
     from peftscale.analysis import transfer as study
-    from peftscale.task_config import with_split
+    from peftscale.task_config import refuse_without
 
     of_split = _split(split)
     overrides = [word for word in run_files if "=" in word and not Path(word).is_file()]
@@ -273,7 +273,7 @@ def transfer(
         raise ConfigError("transfer: no run file given.")
     targets = selection.tasks_for(runs[0], [], to, option="--to")
     members = study.members(runs, seed or [])
-    with_split([*targets, *(member.task for member in members)], of_split, where="--split")
+    refuse_without([*targets, *(member.task for member in members)], of_split, where="--split")
     found = study.study(members, targets, of_split, train=driver.finished, score=driver.evaluate)
     for note in found["notes"]:
         report.note(note)

@@ -270,8 +270,14 @@ class RunConfig(Frozen):
     @property
     def baseline_train(self) -> TrainConfig:
         """How full fine-tuning or LoRA is trained: the run's `train` with what the method's section has otherwise."""
+        own = self.baseline_changes
+        return self.train if own is None else own.over(self.train)
+
+    @property
+    def baseline_changes(self) -> AdapterTrainConfig | None:
+        """What the method's section has otherwise than the run's `train`."""
         section = {"lora": self.lora, "full_finetuning": self.full_finetuning}.get(self.method)
-        return self.train if section is None or section.train is None else section.train.over(self.train)
+        return None if section is None else section.train
 
     @property
     def keeps_checkpoints(self) -> bool:

@@ -70,7 +70,8 @@ def _is_own(cfg: RunConfig, directory: Path) -> bool:
 
 
 def _names_of_tasks(cfg: RunConfig, directory: Path) -> list[str]:
-    """The same of an adapter of any run, by what peftscale.json says; of PEFT's own, which has none, the run's task."""
+    """What an adapter of any run was trained on, by what peftscale.json says where it is another run's; PEFT's own
+    adapters, which have none, are taken for the run's task."""
     from peftscale.adapters import files
 
     manifest = None if _is_own(cfg, directory) else files.read(directory).manifest

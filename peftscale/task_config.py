@@ -139,7 +139,7 @@ class TaskConfig(Frozen):
         return "test" if data is not None and data.test is not None else "validation"
 
 
-def with_split(tasks: Iterable[TaskConfig], split: Split | None, *, where: str) -> None:
+def refuse_without(tasks: Iterable[TaskConfig], split: Split | None, *, where: str) -> None:
     """Refuse tasks that lack a split.
 
     Args:

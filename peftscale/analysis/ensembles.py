@@ -23,7 +23,8 @@ def votes(answers_NE: Sequence[Sequence[Answer]]) -> list[list[Answer]]:
     found = []
     for of_example in zip(*answers_NE, strict=True):
         counts = Counter(of_example)
-        found.append([answer for answer, num in counts.items() if num == max(counts.values())])
+        most = max(counts.values())
+        found.append([answer for answer, num in counts.items() if num == most])
     return found
 
 
@@ -56,14 +57,14 @@ def scores(
     metrics = list(results[0].metrics)
     answers: list[Any] = [one.predictions for one in results]  # labels of all of them or texts of all of them
     means_EC = mean_probabilities([one.likelihoods for one in results]) if results[0].likelihoods else []
-    voted: list[Any] = [most[0] for most in votes(answers)]
+    voted = votes(answers)
     if means_EC:
-        voted = [max(most, key=means_C.__getitem__) for most, means_C in zip(votes(answers), means_EC, strict=True)]
+        voted = [[max(most, key=means_C.__getitem__)] for most, means_C in zip(voted, means_EC, strict=True)]
     found: dict[str, Any] = {
         "size": len(results),
         "average": {metric: sum(one.metrics[metric] for one in results) / len(results) for metric in metrics},
         "best": {metric: max(one.metrics[metric] for one in results) for metric in metrics},
-        "vote": dict(score(tuple(voted))),
+        "vote": dict(score(tuple(most[0] for most in voted))),
     }
     if means_EC:
         found["likelihood"] = dict(score(tuple(map(likeliest, means_EC))))

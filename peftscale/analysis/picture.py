@@ -89,9 +89,9 @@ def draw(reading: Reading, axes: "Axes", *, title: str) -> None:
         for points in starts:
             _line(axes, point, points[at], color="tab:blue")
     nearest = dict(zip(prompt.ids_PK.flatten().tolist(), prompt.cosines_PK.flatten().tolist(), strict=True))
-    others = sorted(nearest, key=lambda number: -nearest[number])
-    shown = list(dict.fromkeys(prompt.ids_PK[:, 0].tolist()))
-    shown = list(dict.fromkeys([*shown, *others]))[: max(len(shown), _NUM_TEXTS)]
+    named = set(prompt.ids_PK[:, 0].tolist())
+    shown = sorted(nearest, key=lambda number: (number not in named, -nearest[number]))
+    shown = shown[: max(len(named), _NUM_TEXTS)]
     for number, text in zip(shown, vocabulary.words(shown), strict=True):
         label = text.strip().replace("$", r"\$") or repr(text)
         axes.annotate(label, places[number].tolist(), xytext=(3, -6), textcoords="offset points", fontsize=7)

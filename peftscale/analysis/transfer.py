@@ -115,7 +115,7 @@ def study(
             )
     runs = list({member.run.name: member.run for member in found}.values())
     scores: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
-    untuned: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    untuned: dict[str, dict[str, dict[str, float]]] = {}
     notes: list[str] = []
     for run in runs:
         of_run = [member for member in found if member.run is run]
@@ -124,20 +124,25 @@ def study(
         tasks = told_apart((*(member.task for member in of_run), *targets), where="task.name")
         result = score(run, list(places), tasks, split)
         notes += result["notes"]
+        untuned[run.name] = {name: of_task.get("base", {}) for name, of_task in result["tasks"].items()}
         for task_name, of_task in result["tasks"].items():
             for place, name in places.items():
                 scores.setdefault((run.name, name), {})[task_name] = of_task["adapters"][str(place)]["metrics"]
-                untuned.setdefault((run.name, name), {})[task_name] = of_task.get("base", {})
     methods: dict[str, Any] = {}
     for method in dict.fromkeys(member.method for member in found):
         of_method = [member for member in found if member.method == method]
-        own, keys = of_method[0].task, [(member.run.name, member.name) for member in of_method]
+        own, first_run = of_method[0].task, of_method[0].run
         methods[method] = {
             "task": own.name,
             "seeds": [member.seed for member in of_method],
             "tasks": {
                 task.name: {"split": split or task.reported_split}
-                | _on(task, own, [scores[key] for key in keys], untuned[keys[0]][task.name])
+                | _on(
+                    task,
+                    own,
+                    [scores[member.run.name, member.name] for member in of_method],
+                    untuned[first_run.name][task.name],
+                )
                 for task in (own, *(target for target in targets if target != own))
             },
         }

@@ -306,8 +306,8 @@ def _note_start(job: Job) -> None:
         job.journal.note(0, f"starts from its first step, as it did before: {job.cfg.method} keeps no checkpoint")
     for text in job.base.notes:
         job.journal.note(0, text)
-    section = job.cfg.lora if job.cfg.method == "lora" else job.cfg.full_finetuning
-    if section is None or section.train is None or section.train.learning_rate is None:
+    own = job.cfg.baseline_changes
+    if own is None or own.learning_rate is None:
         job.journal.note(
             0,
             f"trains with the run's learning_rate={job.train.learning_rate:g}, as no other is given in "
