@@ -205,13 +205,33 @@ def tasks_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def facts_table(title: str, values: Mapping[str, Any]) -> Table:
-    """Keys and values."""
+    """Keys and values, but those that there are none of."""
     table = Table(title=title, show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
     for key, value in values.items():
-        table.add_row(key.replace("_", " "), Text(f"{value:,}" if isinstance(value, int) else str(value)))
+        if _is_there(value):
+            table.add_row(key.replace("_", " "), Text(_fact(value)))
     return table
+
+
+def _is_there(value: Any) -> bool:
+    return value is not None and value not in ([], {})
+
+
+def _fact(value: Any) -> str:
+    """A line a part of what has parts; words of parts in them are quoted, as their blanks count."""
+    if isinstance(value, Mapping):
+        return "\n".join(f"{key}: {_part(part)}" for key, part in value.items() if _is_there(part))
+    if isinstance(value, list):
+        return ("\n\n" if isinstance(value[0], Mapping) else ", ").join(map(_fact, value))
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _part(value: Any) -> str:
+    return ", ".join(f"{key} {word!r}" for key, word in value.items()) if isinstance(value, Mapping) else _fact(value)
 
 
 def status_table(runs: Sequence[Mapping[str, Any]]) -> Table:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from peftscale import configio, records
+from peftscale.base import host_memory, pack
 from peftscale.base import load as base_load
-from peftscale.base import pack
 from peftscale.base.load import Base
 from peftscale.base.padded import Row
 from peftscale.baselines import budget, lora, model
@@ -185,6 +185,7 @@ def _step(job: Job) -> None:
     start, before = time.perf_counter(), comm.traffic()
     loss = gradient(learner, items, microbatch_tokens=train.microbatch_tokens)
     rate = learner.update(progress.steps, is_finite=bool(torch.isfinite(loss)))
+    host_memory.trim(job.base.device)
     seconds = time.perf_counter() - start
     traffic = comm.traffic().since(before) if comm.world_size() > 1 else comm.Traffic()  # DeepSpeed talks to itself
     progress.steps += 1

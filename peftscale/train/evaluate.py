@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from peftscale.adapters import Adapter, Folded
+from peftscale.base import host_memory
 from peftscale.base.load import Base
 from peftscale.base.passes import generate, generates_with, target_logits
 from peftscale.config import Metric
@@ -94,6 +95,7 @@ def run_cells(
         folded = {name: adapter.folded() for name, adapter in adapters.items()}
         likelihoods = _classify(base, folded, lengths, cells, microbatch_tokens=microbatch_tokens)
         texts = _generate(base, folded, lengths, cells, microbatch_tokens=microbatch_tokens)
+    host_memory.trim(base.device)
     seconds = time.perf_counter() - start
     results = []
     for number, cell in enumerate(cells):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from peftscale.adapters import Adapter, Cohort, Folded, Prefix
 from peftscale.adapters.reparam import FoldedPrefix, FoldedPrompt
+from peftscale.base import host_memory
 from peftscale.base.load import Base
 from peftscale.base.padded import Row
 from peftscale.base.passes import target_losses
@@ -96,6 +97,7 @@ def run(
     for name in moving:
         if name not in moved:  # everything was finite and the step too large: it has not been
             optimizers[name].go_back(stood[name])
+    host_memory.trim(base.device)
     return StepResult(
         losses={name: float(loss) for name, loss in losses.items()},
         skipped=tuple(name for name in cohort if name not in moved),

@@ -270,6 +270,8 @@ def test_tables_name_words_that_look_like_markup_as_they_are(here: Path, words: 
     assert (done.code, done.out) == (0, "")
     for text in ("virtual tokens and their nearest words by cosine", "' good' 1.00", "']' 1.00", "nearest cosine"):
         assert text in done.err
+    assert "' good'" in done.err.split("labels: ")[1].split("metrics: ")[0]  # with the blank that is part of it
+    assert "None" not in done.err
 
 
 def test_without_matplotlib_the_message_says_what_to_install(here: Path, words: Vocabulary) -> None:
