@@ -2,13 +2,15 @@
 
     python tests/bench/bench_plan.py                     # 1, 2, 4 and 2 x 2 ranks, labels and texts: 20 minutes
     python tests/bench/bench_plan.py --ranks 2 --task labels out.jsonl
+    python tests/bench/bench_plan.py --ranks 1 --task labels --method lora --method full_finetuning
 
 A random Llama of 290 million parameters in nf4, sharded over gloo ranks (2x2: over two of them, which are taken for a
 node), and three adapters (a prompt, a prefix, a prefix with a network) with reviews of the quickstart, several to a
-row. One task compares labels, the other writes texts. Each run is `train.worker.main`, with its evaluations; the plan
-is the one that it makes itself once it has its data, and the one that `peftscale plan` makes from the run file alone
-stands beside it. Private memory is over that of the same process just before the load, with a C library that gives
-every freed tensor back (MALLOC_MMAP_THRESHOLD_=65536 unless it is set): what glibc keeps of freed blocks is in no plan.
+row; or --method, what adapters are compared with. One task compares labels, the other writes texts. Each run is
+`train.worker.main` or `baselines.main`, with its evaluations; the plan is the one that it makes itself once it has its
+data, and the one that `peftscale plan` makes from the run file alone stands beside it. Private memory is over that of
+the same process just before the load, with a C library that gives every freed tensor back
+(MALLOC_MMAP_THRESHOLD_=65536 unless it is set): what glibc keeps of freed blocks is in no plan.
 Prints a table, says whether memory is within 15% and bytes are within 2%, and appends a BenchRecord a run.
 """
 
@@ -29,8 +31,9 @@ sys.path.append(str(Path(__file__).parents[1] / "ranks"))
 
 from harness import run_ranks
 
-from peftscale import configio, facts, plan, records
+from peftscale import baselines, configio, facts, plan, records
 from peftscale.base import load
+from peftscale.baselines import lora
 from peftscale.config import RunConfig
 from peftscale.records import RunSummary
 from peftscale.train import worker
@@ -54,18 +57,25 @@ _TASKS: dict[str, dict[str, Any]] = {
     },
     "texts": {"target": " {{ answer }}", "metrics": ["exact_match", "bleu"], "max_target_tokens": 24},
 }
+_METHODS: dict[str, dict[str, Any]] = {
+    "adapters": {},
+    "lora": {"lora": {"rank": 8, "alpha": 16}},
+    "full_finetuning": {"full_finetuning": {}},
+    "few_shot": {"few_shot": {"examples": 2}},
+}
 
 
 def main(
     out: Annotated[Path, typer.Argument(help="Records are appended to it.")] = Path("bench.jsonl"),
     ranks: Annotated[list[str], typer.Option(help="Or nodes x ranks of each.")] = _SHAPES,
     task: Annotated[list[str], typer.Option(help="labels, texts.")] = list(_TASKS),  # noqa: B006 - typer copies it
+    method: Annotated[list[str], typer.Option(help="adapters, lora, full_finetuning, few_shot.")] = ["adapters"],  # noqa: B006
     compute_dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     checkpoint: Annotated[bool, typer.Option("--checkpoint", help="Activation checkpointing.")] = False,
 ) -> None:
     """Plan, run, compare."""
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
-    print("| task | ranks | figure | measured | planned in the run | over it | planned before it |")
+    print("| method, task | ranks | figure | measured | planned in the run | over it | planned before it |")
     print("|---|---|---|---|---|---|---|", flush=True)
     worst, of_before = dict.fromkeys(_KEYS, 0.0), []
     with tempfile.TemporaryDirectory(prefix="peftscale-bench-") as folder:
@@ -74,11 +84,12 @@ def main(
         save_config(tmp / "base", BASE)
         save_weights(tmp / "base")
         _save_data(tmp)
-        for kind, shape in product(task, ranks):
+        for what, kind, shape in product(method, task, ranks):
             nodes, _, each = shape.rpartition("x")
             num_nodes, node_ranks = int(nodes or 1), int(each)
             cfg = _run_file(
                 tmp,
+                what,
                 kind,
                 shape,
                 sharding="node" if nodes else "world",
@@ -86,10 +97,13 @@ def main(
                 checkpoint=checkpoint,
             )
             machines = plan.Hardware.parse(f"{num_nodes}xcpu-24GB")
-            before = plan.make(cfg, facts.load(cfg.base.model), machines, world=num_nodes * node_ranks)
-            ended = _run(tmp, cfg, world=num_nodes * node_ranks, node_ranks=node_ranks)
+            world = num_nodes * node_ranks
+            (before,) = plan.compare(
+                cfg, facts.load(cfg.base.model), [machines], worlds=[world], lora_targets=lora.targets
+            )
+            ended = _run(tmp, cfg, world=world, node_ranks=node_ranks)
             for key in _KEYS:
-                ratio = _print_row(kind, shape, key, ended, getattr(before, key))
+                ratio = _print_row(f"{what} {kind}", shape, key, ended, getattr(before, key))
                 worst[key] = max(worst[key], abs(ratio - 1))
             of_before.append(ended.peak_rank_bytes / before.peak_rank_bytes)
             records.append(out, _record(cfg, ended))
@@ -116,15 +130,19 @@ def _rows(reviews: Iterator[dict[str, str]]) -> Iterator[dict[str, str]]:
         yield {"text": " ".join(one["text"] for one in some[:-1]), "label": some[0]["label"], "answer": answer}
 
 
-def _run_file(tmp: Path, kind: str, shape: str, *, sharding: str, compute_dtype: str, checkpoint: bool) -> RunConfig:
+def _run_file(
+    tmp: Path, method: str, kind: str, shape: str, *, sharding: str, compute_dtype: str, checkpoint: bool
+) -> RunConfig:
     prefix = {"kind": "prefix", "length": 20, "init": "random"}
     return configio.from_dict(
         {
-            "name": f"{kind}-{shape}",
+            "name": f"{method}-{kind}-{shape}",
             "seed": 0,
+            "method": method,
+            **_METHODS[method],
             "base": {
                 "model": str(tmp / "base"),
-                "quantization": "nf4",
+                "quantization": "none" if method == "full_finetuning" else "nf4",
                 "compute_dtype": compute_dtype,
                 "sharding": sharding,
                 "checkpoint_activations": checkpoint,
@@ -160,8 +178,9 @@ def _run(tmp: Path, cfg: RunConfig, *, world: int, node_ranks: int) -> RunSummar
     # A process of its own: the ranks shall not start with what packing left behind.
     run_ranks(_pack, 1, tmp / f"pack-{cfg.name}", cfg, **options)
     cfg.run_dir.mkdir(parents=True)
+    main_of_rank = worker.main if cfg.method == "adapters" else baselines.main
     ended: list[RunSummary] = run_ranks(
-        worker.main, world, tmp / f"ranks-{cfg.name}", cfg, **options, node_ranks=node_ranks
+        main_of_rank, world, tmp / f"ranks-{cfg.name}", cfg, **options, node_ranks=node_ranks
     )
     return ended[0]
 
