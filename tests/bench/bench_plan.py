@@ -175,8 +175,9 @@ def _run_file(
 
 def _run(tmp: Path, cfg: RunConfig, *, world: int, node_ranks: int) -> RunSummary:
     options: dict[str, Any] = {"start_method": "spawn", "timeout_s": TIMEOUT_S}
-    # A process of its own: the ranks shall not start with what packing left behind.
-    run_ranks(_pack, 1, tmp / f"pack-{cfg.name}", cfg, **options)
+    if cfg.method in ("adapters", "few_shot"):  # the others load through transformers, which packs nothing
+        # A process of its own: the ranks shall not start with what packing left behind.
+        run_ranks(_pack, 1, tmp / f"pack-{cfg.name}", cfg, **options)
     cfg.run_dir.mkdir(parents=True)
     main_of_rank = worker.main if cfg.method == "adapters" else baselines.main
     ended: list[RunSummary] = run_ranks(
